@@ -1,0 +1,1 @@
+"""Tune batch size and learning rate together, in whatever memory there is."""

@@ -1,0 +1,49 @@
+"""Every error that bs_optuna raises on purpose; each names the value, the bound and the remedy.
+
+BsOptunaError
+├── UserError                 a mistake that the user can mend: exit status 2, no traceback
+│   ├── ConfigError           a setting: unknown key, wrong type, inverted range
+│   ├── TaskError             the task: not found, not a task, data smaller than the batch
+│   └── StudyError            the study: no database, read-only, another search space
+└── MicrobatchDoesNotFitError not even one sample fits into memory
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class BsOptunaError(Exception):
+    """The root of every error that bs_optuna raises on purpose."""
+
+
+class UserError(BsOptunaError, ValueError):
+    """A mistake that the user can mend; the command line prints it and exits with status 2."""
+
+
+class ConfigError(UserError):
+    """A setting is unknown, of the wrong type or out of its bounds."""
+
+
+class TaskError(UserError):
+    """A task cannot be found, is no task, or cannot serve the settings."""
+
+
+class StudyError(UserError):
+    """A study cannot be opened, or holds something else than what was asked for."""
+
+
+class MicrobatchDoesNotFitError(BsOptunaError, MemoryError):
+    """One sample does not fit into memory, so there is nothing left to back off to.
+
+    Attributes:
+        sizes_tried: Microbatch sizes that were tried, in order.
+        bytes_requested: Size in bytes of the allocation that failed last, where it is known.
+    """
+
+    def __init__(
+        self, message: str, *, sizes_tried: Sequence[int], bytes_requested: int | None
+    ) -> None:
+        super().__init__(message)
+        self.sizes_tried = tuple(sizes_tried)
+        self.bytes_requested = bytes_requested

@@ -1,0 +1,1 @@
+"""Optuna samplers that know how learning rate and batch size belong together."""

@@ -1,0 +1,1 @@
+"""Scaling laws, priors and plans: pure functions on numbers, without Optuna or PyTorch."""

@@ -1,0 +1,1 @@
+"""Opening, sharing and resuming a study."""

@@ -1,0 +1,1 @@
+"""PyTorch training that survives running out of memory."""
