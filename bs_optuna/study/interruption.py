@@ -1,0 +1,26 @@
+"""A trial that a person interrupted is run again, by whoever takes the next trial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from optuna import Trial
+
+
+def requeue_interrupted(objective: Callable[[Trial], float]) -> Callable[[Trial], float]:
+    """Wrap an objective so that Ctrl-C puts the running trial's parameters back into the queue.
+
+    Optuna stores an interrupted trial as failed, like one with a mistake in it. Queueing it at
+    the moment of the interruption needs no mark on the trial, and happens once by construction:
+    the next worker, or the next run of the study, takes it.
+    """
+
+    def wrapped(trial: Trial) -> float:
+        try:
+            return objective(trial)
+        except KeyboardInterrupt:
+            if trial.params:
+                trial.study.enqueue_trial(trial.params)
+            raise
+
+    return wrapped
