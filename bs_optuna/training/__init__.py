@@ -1,1 +1,35 @@
-"""PyTorch training that survives running out of memory."""
+"""PyTorch training that survives running out of memory.
+
+The names below load PyTorch when they are first used, not when this package is imported: the
+command line must be able to prepare the process before that.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+from typing import Any
+
+
+if TYPE_CHECKING:
+    from bs_optuna.training.backward import AccumulatedBackward as AccumulatedBackward
+    from bs_optuna.training.backward import BackwardResult as BackwardResult
+    from bs_optuna.training.budget import Budget as Budget
+    from bs_optuna.training.objective import TrainingObjective as TrainingObjective
+    from bs_optuna.training.task import TrainingTask as TrainingTask
+
+_MODULES = {
+    "AccumulatedBackward": "backward",
+    "BackwardResult": "backward",
+    "Budget": "budget",
+    "TrainingObjective": "objective",
+    "TrainingTask": "task",
+}
+
+__all__ = ["AccumulatedBackward", "BackwardResult", "Budget", "TrainingObjective", "TrainingTask"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,0 +1,286 @@
+"""AccumulatedBackward: the gradient of the whole batch, in whatever memory there is.
+
+B: samples in the batch; b_j: samples in microbatch j; w_j: weight of microbatch j, sum(w_j) = 1;
+gradient = sum_j w_j * gradient of the mean loss of microbatch j.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from typing import Literal
+
+import optree
+import torch
+from torch import nn
+
+from bs_optuna.errors import MicrobatchDoesNotFitError
+from bs_optuna.science.accumulation import AccumulationPlan
+from bs_optuna.science.accumulation import weights
+from bs_optuna.training.oom import OutOfMemory
+from bs_optuna.training.oom import classify
+from bs_optuna.training.oom import empty_caches
+from bs_optuna.training.oom import release
+from bs_optuna.training.snapshot import StepSnapshot
+
+
+_logger = logging.getLogger(__name__)
+
+Batch = tuple[Any, Any]
+LossFunction = Callable[[Any, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BackwardResult:
+    """What one call of AccumulatedBackward did.
+
+    Attributes:
+        loss: Loss of the whole batch, a detached scalar on the device of the loss.
+        batch_size: Samples in the batch.
+        microbatch_size: Samples in the largest microbatch that was run.
+        accumulation_steps: Microbatches that the batch was cut into.
+        sizes_tried: Microbatch sizes of this call in order; all but the last ran out of memory.
+    """
+
+    loss: torch.Tensor
+    batch_size: int
+    microbatch_size: int
+    accumulation_steps: int
+    sizes_tried: tuple[int, ...]
+
+    @property
+    def backoffs(self) -> int:
+        """How often the microbatch was halved in this call."""
+        return len(self.sizes_tried) - 1
+
+
+class AccumulatedBackward:
+    """Fills ``.grad`` with the gradient of the whole batch, halving the microbatch until it fits.
+
+    A call runs forward and backward on one microbatch after the other and weighs each by what its
+    mean is taken over, so that the sum is the gradient of ``loss_fn(model(inputs), targets)`` on
+    the whole batch. When memory runs out the attempt is undone (gradients, buffers such as
+    BatchNorm statistics, random states), the microbatch is halved and the same batch is done again:
+    the result is bit for bit that of a call that had the smaller microbatch from the start. Zeroing
+    gradients, clipping and the optimizer's step stay with the caller.
+
+    A batch may be on another device than the model, for instance in the memory of the host: each
+    microbatch is moved to the model when its turn comes.
+
+    What microbatches cannot do: BatchNorm normalizes each microbatch by its own statistics, and a
+    loss that couples samples (in-batch negatives) is another loss on a part of the batch.
+
+    Args:
+        model: Called as ``model(inputs)``, ``model(*inputs)`` for a tuple and ``model(**inputs)``
+            for a dict.
+        loss_fn: Called as ``loss_fn(outputs, targets)``; returns a scalar. Its parameters and
+            buffers are looked after too if it is a module.
+        microbatch_size: ``"auto"`` starts with the whole batch; a number starts there. It only
+            shrinks, and the next call starts where the last one ended.
+        reduction: ``"mean"`` if the loss is a mean over samples or tokens, ``"sum"`` if it is a sum.
+        count: With ``reduction="mean"``: what the mean of a microbatch is taken over, as
+            ``count(inputs, targets)``, if that is not its samples; for instance the target tokens
+            that are not padding.
+        scaler: A ``torch.amp.GradScaler``; the gradients are then scaled by it, and unscaling
+            before clipping is the caller's, as always.
+        autocast_dtype: Runs model and loss under ``torch.autocast`` with this type.
+
+    Example:
+        >>> backward = AccumulatedBackward(model, loss_fn, microbatch_size="auto")
+        >>> for inputs, targets in loader:
+        ...     optimizer.zero_grad()
+        ...     result = backward(inputs, targets)
+        ...     optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        *,
+        microbatch_size: int | Literal["auto"] = "auto",
+        reduction: Literal["mean", "sum"] = "mean",
+        count: Callable[[Any, Any], int | torch.Tensor] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        if microbatch_size != "auto" and microbatch_size < 1:
+            raise ValueError(
+                f"microbatch_size={microbatch_size}; must be at least 1, or 'auto' to find it."
+            )
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction={reduction!r}; must be 'mean' or 'sum'.")
+        if reduction == "sum" and count is not None:
+            raise ValueError("count is for reduction='mean' only; a sum needs no weights.")
+        self._modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
+        self._model = model
+        self._loss_fn = loss_fn
+        self._limit = None if microbatch_size == "auto" else microbatch_size
+        self._reduction = reduction
+        self._count = count
+        self._scaler = scaler
+        self._autocast_dtype = autocast_dtype
+        devices = {p.device for module in self._modules for p in module.parameters()}
+        self._device = devices.pop() if len(devices) == 1 else None
+        self._buffer_copies: dict[int, torch.Tensor] = {}
+
+    @property
+    def microbatch_size(self) -> int | None:
+        """Most samples that the next call puts into a microbatch; None is the whole batch."""
+        return self._limit
+
+    def __call__(self, inputs: Any, targets: Any = None) -> BackwardResult:
+        """Adds the gradient of the whole batch to ``.grad``.
+
+        Args:
+            inputs: Any pytree of tensors whose first dimension is the sample.
+            targets: Likewise, or None if the loss needs none.
+
+        Raises:
+            MicrobatchDoesNotFitError: Not even one sample fits; gradients, buffers and random
+                states are as they were before the call.
+            ValueError: The tensors of the batch differ in their number of samples, or there is
+                nothing that a mean could be taken over.
+            TypeError: The batch holds something that cannot be cut into microbatches.
+        """
+        batch = (inputs, targets)
+        plan = AccumulationPlan(n := batch_length(batch), min(self._limit or n, n))
+        tried: list[int] = []
+        while True:
+            tried.append(plan.microbatch_size)
+            outcome = self._attempt(plan, batch)
+            if isinstance(outcome, torch.Tensor):
+                return BackwardResult(
+                    loss=outcome,
+                    batch_size=n,
+                    microbatch_size=plan.microbatch_size,
+                    accumulation_steps=plan.accumulation_steps,
+                    sizes_tried=tuple(tried),
+                )
+            empty_caches()
+            if plan.microbatch_size == 1 or not outcome.retryable:
+                raise _does_not_fit(outcome, tried)
+            plan = plan.halved()
+            self._limit = plan.microbatch_limit
+            _logger.info("out of memory at %d samples; now %d", tried[-1], self._limit)
+
+    def _attempt(self, plan: AccumulationPlan, batch: Batch) -> torch.Tensor | OutOfMemory:
+        """The loss of the batch, or what went out of memory; then nothing is left of the attempt."""
+        before = None
+        try:
+            before = StepSnapshot(self._modules, batch, self._buffer_copies)
+            loss = self._run(plan, batch)
+            before.commit()
+            return loss
+        except BaseException as error:
+            failed = error
+        # Outside the except block: inside, its traceback would keep the activations alive.
+        verdict = classify(failed)
+        if verdict is not None:
+            release(failed)
+        if before is not None:
+            before.restore()
+        if verdict is None:
+            raise failed
+        return verdict
+
+    def _run(self, plan: AccumulationPlan, batch: Batch) -> torch.Tensor:
+        parts = self._parts(plan, batch)
+        total: torch.Tensor | None = None
+        for weight, part in parts:
+            loss = self._loss(part)
+            if weight != 1.0:
+                loss = loss * weight
+            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+            loss = loss.detach()
+            total = loss if total is None else total + loss
+        assert total is not None  # a plan has at least one microbatch, a count at least one target
+        return total
+
+    def _parts(self, plan: AccumulationPlan, batch: Batch) -> list[tuple[float, Batch]]:
+        """Microbatches (views, not copies) with their weights; those without a target are left out."""
+        if plan.accumulation_steps == 1:
+            microbatches = [batch]
+        else:
+            microbatches = []
+            start = 0
+            for size in plan.sizes:
+                microbatches.append(take(batch, slice(start, start + size)))
+                start += size
+        if self._reduction == "sum":
+            return [(1.0, microbatch) for microbatch in microbatches]
+        if self._count is None:
+            return list(zip(weights(plan.sizes), microbatches, strict=True))
+        counts = [float(self._count(*microbatch)) for microbatch in microbatches]
+        # The mean over nothing is NaN, and NaN times the weight 0 would spoil the sum.
+        pairs = zip(weights(counts), microbatches, strict=True)
+        return [(weight, microbatch) for weight, microbatch in pairs if weight > 0]
+
+    def _loss(self, part: Batch) -> torch.Tensor:
+        inputs, targets = part if self._device is None else moved(part, self._device)
+        if self._autocast_dtype is None:
+            return self._loss_fn(call_model(self._model, inputs), targets)
+        with torch.autocast(
+            next(self._model.parameters()).device.type, dtype=self._autocast_dtype
+        ):
+            return self._loss_fn(call_model(self._model, inputs), targets)
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """``model(*inputs)`` for a tuple, ``model(**inputs)`` for a dict, else ``model(inputs)``."""
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(inputs)
+
+
+def take(batch: Any, samples: slice | torch.Tensor) -> Any:
+    """The given samples of every tensor in a pytree; a slice gives views."""
+    return optree.tree_map(lambda leaf: leaf[samples], batch)
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch with every tensor on the device."""
+    tree: Batch = optree.tree_map(lambda leaf: leaf.to(device, non_blocking=True), batch)
+    return tree
+
+
+def batch_length(batch: Any) -> int:
+    """Number of samples in a pytree of tensors.
+
+    Raises:
+        ValueError: There is none, or the tensors disagree.
+        TypeError: A leaf is no tensor, or one without dimensions.
+    """
+    lengths = set()
+    for leaf in optree.tree_leaves(batch):
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
+            what = "a tensor without dimensions" if isinstance(leaf, torch.Tensor) else repr(leaf)
+            raise TypeError(
+                f"The batch holds {what:.60}; every leaf must be a tensor whose first dimension "
+                "is the sample. Keep constants in the model or the loss function."
+            )
+        lengths.add(len(leaf))
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(
+            f"The tensors of the batch hold {sorted(lengths) or 'no'} samples; "
+            "all must hold the same number, at least 1."
+        )
+    return lengths.pop()
+
+
+def _does_not_fit(verdict: OutOfMemory, tried: list[int]) -> MicrobatchDoesNotFitError:
+    asked = "" if verdict.bytes_requested is None else f" {verdict.bytes_requested:,} bytes more,"
+    if verdict.retryable:
+        remedy = "use a smaller model or shorter samples, or give the training more memory"
+    else:
+        remedy = "the device is unusable after this failure: start the process anew"
+    return MicrobatchDoesNotFitError(
+        f"Out of memory ({verdict.kind}) with microbatch_size={tried[-1]},{asked} "
+        f"after trying {', '.join(map(str, tried))}; {remedy}.",
+        sizes_tried=tried,
+        bytes_requested=verdict.bytes_requested,
+    )

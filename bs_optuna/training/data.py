@@ -1,0 +1,95 @@
+"""Batches of a data set: a reproducible endless stream for training, pieces for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
+from torch.utils.data import TensorDataset
+
+from bs_optuna.errors import TaskError
+from bs_optuna.training.backward import batch_length
+from bs_optuna.training.backward import take
+
+
+Data = Dataset[Any] | tuple[Any, Any]
+
+
+def as_data(data: Any, *, name: str) -> Data:
+    """What a task gives as data, checked; a pair of tensors is sliced without a loader.
+
+    Raises:
+        TaskError: It is neither a pair (inputs, targets) of tensors nor a data set with a length.
+    """
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if isinstance(data, tuple | list) and len(data) == 2:
+        pair = (data[0], data[1])
+        try:
+            batch_length(pair)
+        except (TypeError, ValueError) as error:
+            raise TaskError(f"{name}: {error}") from None
+        return pair
+    if isinstance(data, Dataset) and hasattr(data, "__len__"):
+        return data
+    raise TaskError(
+        f"{name} is a {type(data).__name__}; must be a pair (inputs, targets) of tensors or a "
+        "torch Dataset that has a length and yields such pairs."
+    )
+
+
+def length(data: Data) -> int:
+    """Number of samples."""
+    return batch_length(data) if isinstance(data, tuple) else len(data)  # type: ignore[arg-type]
+
+
+def training_batches(data: Data, *, batch_size: int, seed: int) -> Iterator[tuple[Any, Any]]:
+    """Full batches without end: each pass over the data in a new order, nothing left out.
+
+    What is left of one pass begins the first batch of the next, so a batch always holds
+    ``batch_size`` samples.
+    """
+    indices = _index_batches(length(data), batch_size, seed)
+    if isinstance(data, tuple):
+        for batch in indices:
+            yield take(data, batch)
+    else:
+        sampler = (batch.tolist() for batch in indices)
+        for items in DataLoader(data, batch_sampler=sampler):  # type: ignore[arg-type]
+            yield _pair(items)
+
+
+def evaluation_batches(data: Data, *, batch_size: int) -> Iterator[tuple[Any, Any]]:
+    """Every sample once, in order; the last piece may be smaller."""
+    if isinstance(data, tuple):
+        for start in range(0, length(data), batch_size):
+            yield take(data, slice(start, start + batch_size))
+    else:
+        for items in DataLoader(data, batch_size=batch_size):
+            yield _pair(items)
+
+
+def first_samples(data: Data, count: int) -> tuple[Any, Any]:
+    """The first ``count`` samples, or all of a smaller data set."""
+    return next(evaluation_batches(data, batch_size=min(count, length(data))))
+
+
+def _index_batches(samples: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(left) < batch_size:
+            left = torch.cat([left, torch.randperm(samples, generator=generator)])
+        yield left[:batch_size]
+        left = left[batch_size:]
+
+
+def _pair(items: Any) -> tuple[Any, Any]:
+    if isinstance(items, tuple | list) and len(items) == 2:
+        return items[0], items[1]
+    raise TaskError(
+        f"The data set yields a {type(items).__name__}; must yield pairs (inputs, targets)."
+    )

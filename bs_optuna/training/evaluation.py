@@ -1,0 +1,98 @@
+"""Means of the loss and the metrics over a data set, in pieces that fit into memory."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from bs_optuna.errors import MicrobatchDoesNotFitError
+from bs_optuna.training.backward import batch_length
+from bs_optuna.training.backward import call_model
+from bs_optuna.training.backward import moved
+from bs_optuna.training.data import Data
+from bs_optuna.training.data import evaluation_batches
+from bs_optuna.training.oom import OutOfMemory
+from bs_optuna.training.oom import classify
+from bs_optuna.training.oom import empty_caches
+from bs_optuna.training.oom import release
+from bs_optuna.training.task import TrainingTask
+
+
+class Evaluation:
+    """Evaluates a model; halves its pieces when memory runs out, and leaves training's alone.
+
+    Args:
+        task: Gives loss, metrics and what their means are taken over.
+        batch_size: Samples in a piece, to begin with.
+    """
+
+    def __init__(self, task: TrainingTask, *, batch_size: int) -> None:
+        self._task = task
+        self._batch_size = batch_size
+
+    def __call__(
+        self, model: nn.Module, data: Data, *, within: AbstractContextManager[object]
+    ) -> dict[str, float]:
+        """The mean loss, as ``"loss"``, and the mean of each metric.
+
+        Args:
+            model: Put into evaluation mode meanwhile.
+            data: What to evaluate on.
+            within: Entered around the evaluation: the limit on memory.
+
+        Raises:
+            MicrobatchDoesNotFitError: One sample does not fit.
+        """
+        tried = []
+        while True:
+            tried.append(self._batch_size)
+            outcome = self._attempt(model, data, within)
+            if isinstance(outcome, dict):
+                return outcome
+            empty_caches()
+            if self._batch_size == 1 or not outcome.retryable:
+                raise MicrobatchDoesNotFitError(
+                    f"Out of memory ({outcome.kind}) in evaluation with pieces of "
+                    f"{self._batch_size}; use a smaller model or give it more memory.",
+                    sizes_tried=tried,
+                    bytes_requested=outcome.bytes_requested,
+                )
+            self._batch_size //= 2
+
+    def _attempt(
+        self, model: nn.Module, data: Data, within: AbstractContextManager[object]
+    ) -> dict[str, float] | OutOfMemory:
+        was_training = model.training
+        model.eval()
+        try:
+            with within, torch.no_grad():
+                return self._means(model, data)
+        except Exception as error:
+            verdict = classify(error)
+            if verdict is None:
+                raise
+            failed = error
+        finally:
+            model.train(was_training)
+        release(failed)
+        return verdict
+
+    def _means(self, model: nn.Module, data: Data) -> dict[str, float]:
+        functions = {"loss": self._task.loss, **self._task.metrics}
+        device = next(model.parameters()).device
+        sums = dict.fromkeys(functions, torch.zeros((), dtype=torch.float64))
+        total = 0.0
+        for batch in evaluation_batches(data, batch_size=self._batch_size):
+            inputs, targets = moved(batch, device)
+            count = self._task.count
+            weight = float(count(inputs, targets) if count else batch_length(batch))
+            if weight == 0:  # the mean over nothing is NaN
+                continue
+            outputs = call_model(model, inputs)
+            for name, function in functions.items():
+                # Summed on the CPU in float64: some accelerators have no such type.
+                sums[name] = sums[name] + function(outputs, targets).double().cpu() * weight
+            total += weight
+        return {name: float(value) / total for name, value in sums.items()}

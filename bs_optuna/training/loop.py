@@ -1,0 +1,228 @@
+"""One training run within a budget; memory may shrink its microbatches, nothing else."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from bs_optuna.errors import BsOptunaError
+from bs_optuna.errors import MicrobatchDoesNotFitError
+from bs_optuna.science.accumulation import AccumulationPlan
+from bs_optuna.training.backward import AccumulatedBackward
+from bs_optuna.training.budget import Budget
+from bs_optuna.training.data import Data
+from bs_optuna.training.data import training_batches
+from bs_optuna.training.evaluation import Evaluation
+from bs_optuna.training.memory_limit import MemoryLimit
+from bs_optuna.training.oom import OutOfMemory
+from bs_optuna.training.oom import classify
+from bs_optuna.training.oom import release
+from bs_optuna.training.peak_memory import PeakMemory
+from bs_optuna.training.recipes import LONGEST_WARMUP
+from bs_optuna.training.recipes import learning_rate_factor
+from bs_optuna.training.recipes import optimizer_factory
+from bs_optuna.training.rungs import rungs
+from bs_optuna.training.task import TrainingTask
+
+
+# On accelerators reading a loss waits for the device; every so many steps is soon enough.
+STEPS_BETWEEN_CHECKS = 16
+SMALLEST_EVALUATION_BATCH = 256
+
+
+class DivergedError(BsOptunaError, ArithmeticError):
+    """The loss is no finite number any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What one run is trained with.
+
+    Attributes:
+        batch_size: Samples per optimizer step.
+        learning_rate: Peak of the schedule.
+        budget: When the run ends.
+        seed: Of the model's weights and the order of the data.
+        microbatch_size: Where to start; None is the whole batch.
+        evaluations: How often to evaluate, the end included.
+    """
+
+    batch_size: int
+    learning_rate: float
+    budget: Budget
+    seed: int
+    microbatch_size: int | None = None
+    evaluations: int = 5
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An evaluation on the validation data; see Rung for the resource."""
+
+    resource: int | None
+    values: dict[str, float]
+
+
+class TrainingRun:
+    """Trains a new model of a task, from one evaluation to the next.
+
+    What really ran can be read at any time, also after the run was left or has failed.
+
+    Attributes:
+        samples: Training samples seen.
+        steps: Optimizer steps done.
+        seconds: Time spent training and evaluating.
+        microbatch_size: The last one that was tried.
+        fits: Largest microbatch with which the last full step was done; 0 before the first.
+        failed_sizes: Microbatch sizes that ran out of memory.
+    """
+
+    def __init__(
+        self,
+        task: TrainingTask,
+        settings: RunSettings,
+        *,
+        device: torch.device,
+        limit: MemoryLimit,
+    ) -> None:
+        self._task = task
+        self._settings = settings
+        self._device = device
+        self._limit = limit
+        self._peak = PeakMemory(device)
+        self._training_seconds = 0.0
+        self.samples = 0
+        self.steps = 0
+        self.seconds = 0.0
+        self.microbatch_size = settings.microbatch_size or settings.batch_size
+        self.fits = 0
+        self.failed_sizes: list[int] = []
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per optimizer step."""
+        return self._settings.batch_size
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Microbatches per optimizer step."""
+        return AccumulationPlan(self.batch_size, self.microbatch_size).accumulation_steps
+
+    def peak_memory_bytes(self) -> int | None:
+        """Most memory that the run has held at a time, None if the device does not tell."""
+        return self._peak.bytes()
+
+    def checkpoints(self) -> Iterator[Checkpoint]:
+        """Trains and yields an evaluation at each rung, the last one at the end of the budget.
+
+        Raises:
+            DivergedError: The loss is not finite.
+            MicrobatchDoesNotFitError: A single sample, or the optimizer's state, does not fit.
+        """
+        self._limit.start_trial()
+        self._peak.start()
+        begin = time.perf_counter()
+        settings = self._settings
+        self._build()
+        batches = training_batches(
+            self._task.train_data, batch_size=settings.batch_size, seed=settings.seed
+        )
+        for rung in rungs(
+            settings.budget, batch_size=settings.batch_size, count=settings.evaluations
+        ):
+            while self._progress() < rung.progress:
+                self._step(*next(batches))
+            values = self.evaluate(self._task.valid_data)
+            self.seconds = time.perf_counter() - begin
+            if not all(math.isfinite(value) for value in values.values()):
+                raise DivergedError(f"validation {values} after {self.samples} samples")
+            yield Checkpoint(rung.resource, values)
+
+    def evaluate(self, data: Data) -> dict[str, float]:
+        """Mean loss and metrics of the model as it is now.
+
+        Raises:
+            MicrobatchDoesNotFitError: One sample does not fit.
+        """
+        return self._evaluation(self._model, data, within=self._limit.active())
+
+    def _build(self) -> None:
+        torch.manual_seed(self._settings.seed)
+        with self._limit.active():
+            self._model = self._task.model().to(self._device)
+        self._model.train()
+        make_optimizer = optimizer_factory(self._task.optimizer)
+        self._optimizer = make_optimizer(self._model.parameters(), self._settings.learning_rate)
+        self._backward = AccumulatedBackward(
+            self._model,
+            self._task.loss,
+            microbatch_size=self.microbatch_size,
+            count=self._task.count,
+        )
+        pieces = max(2 * self.microbatch_size, SMALLEST_EVALUATION_BATCH)
+        self._evaluation = Evaluation(self._task, batch_size=pieces)
+
+    def _progress(self) -> float:
+        total = self._settings.budget.steps(self._settings.batch_size)
+        if total is None:
+            return self._training_seconds / self._settings.budget.amount
+        return self.steps / total
+
+    def _step(self, inputs: object, targets: object) -> None:
+        begin = time.perf_counter()
+        # The middle of the step, so that neither the first nor the last one is lost to a rate of 0.
+        total = self._settings.budget.steps(self._settings.batch_size)
+        progress = self._progress() + (0.5 / total if total else 0.0)
+        rate = self._settings.learning_rate * learning_rate_factor(progress, warmup=LONGEST_WARMUP)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad()
+        with self._limit.active():
+            loss = self._gradient(inputs, targets)
+            self._update()
+        self.fits = self.microbatch_size
+        self.samples += self._settings.batch_size
+        self.steps += 1
+        self._check(loss)
+        self._training_seconds += time.perf_counter() - begin
+
+    def _gradient(self, inputs: object, targets: object) -> torch.Tensor:
+        try:
+            result = self._backward(inputs, targets)
+        except MicrobatchDoesNotFitError as error:
+            self.failed_sizes += error.sizes_tried
+            self.microbatch_size = 1
+            raise
+        if result.backoffs:
+            self.failed_sizes += result.sizes_tried[:-1]
+            self.microbatch_size = result.microbatch_size
+        return result.loss
+
+    def _update(self) -> None:
+        verdict: OutOfMemory | None = None
+        try:
+            self._optimizer.step()
+        except Exception as error:
+            verdict = classify(error)
+            if verdict is None:
+                raise
+            failed = error
+        if verdict is not None:
+            release(failed)
+            # No microbatch is at work here, so a smaller one would not help; and half of the
+            # parameters may have been stepped, so the run cannot go on.
+            raise MicrobatchDoesNotFitError(
+                f"Out of memory ({verdict.kind}) in optimizer.step: its state does not fit beside "
+                "the model; use a smaller model, an optimizer with less state or more memory.",
+                sizes_tried=(),
+                bytes_requested=verdict.bytes_requested,
+            )
+
+    def _check(self, loss: torch.Tensor) -> None:
+        wait = self._device.type == "cpu" or self._settings.budget.unit == "seconds"
+        if (wait or self.steps % STEPS_BETWEEN_CHECKS == 0) and not math.isfinite(float(loss)):
+            raise DivergedError(f"training loss {float(loss)} after {self.samples} samples")

@@ -1,0 +1,41 @@
+"""The key under which knowledge about fitting microbatches is kept: what it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+
+import optree
+import torch
+
+from bs_optuna.training.data import first_samples
+from bs_optuna.training.task import TrainingTask
+
+
+def memory_key(task: TrainingTask, *, device: torch.device, limit_bytes: int | None) -> str:
+    """A short digest of model, sample, optimizer, device and limit.
+
+    What fits is true for one such combination only: a small model must not inherit the microbatch
+    of a big one.
+
+    Args:
+        task: Its model is built once, for the shapes and types of its parameters.
+        device: Where it is trained.
+        limit_bytes: The limit on memory, if there is one.
+    """
+    model = task.model()
+    parts = (
+        type(model).__name__,
+        [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()],
+        [
+            (tuple(leaf.shape), str(leaf.dtype))
+            for leaf in optree.tree_leaves(first_samples(task.train_data, 1))
+        ],
+        task.optimizer if isinstance(task.optimizer, str) else task.optimizer.__qualname__,
+        _device_name(device),
+        limit_bytes,
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

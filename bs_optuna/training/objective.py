@@ -1,0 +1,260 @@
+"""TrainingObjective: an Optuna objective that trains a task; the only file that touches a Trial."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import optuna
+import torch
+from optuna.distributions import BaseDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+
+from bs_optuna.errors import ConfigError
+from bs_optuna.errors import MicrobatchDoesNotFitError
+from bs_optuna.errors import TaskError
+from bs_optuna.sampling import attributes
+from bs_optuna.sampling.feasibility import mark_memory
+from bs_optuna.science.memory import MicrobatchBounds
+from bs_optuna.training.budget import Budget
+from bs_optuna.training.loop import DivergedError
+from bs_optuna.training.loop import RunSettings
+from bs_optuna.training.loop import TrainingRun
+from bs_optuna.training.memory_key import memory_key
+from bs_optuna.training.memory_limit import memory_limit as limit_memory
+from bs_optuna.training.oom import classify
+from bs_optuna.training.oom import empty_caches
+from bs_optuna.training.oom import release
+from bs_optuna.training.task import TrainingTask
+
+
+# Samples of the step that is run before any limit is in force. Two, because BatchNorm cannot take
+# a single one.
+REHEARSAL_SAMPLES = 2
+# Evaluations of a trial, its end included: often enough to prune, seldom enough not to cost.
+EVALUATIONS = 5
+
+
+class TrainingObjective:
+    """Trains a task with a trial's batch size and learning rate and returns its validation value.
+
+    Every trial gets the same budget, is reported to the pruner on samples seen (milliseconds for a
+    budget in seconds), and ends in one of four ways: with a value, or pruned as hopeless, diverged,
+    or too large for memory with a single sample. Running out of memory otherwise costs a step's
+    repetition and changes nothing else. What really ran is stored with the trial, and what it
+    learned about memory is where the next one starts, in every worker.
+
+    Args:
+        task: What to train.
+        budget: What every trial gets.
+        batch_size: Smallest and largest batch size to search.
+        learning_rate: Smallest and largest peak learning rate to search.
+        microbatch_size: Largest microbatch to use; None finds it.
+        memory_limit: Bytes that training may hold, None for what the device has.
+        device: Where to train; None is the accelerator if there is one.
+        seed: Of weights and data order; trial number n gets seed + n.
+
+    Raises:
+        TaskError: The training data holds fewer samples than the largest batch size.
+        ConfigError: A range is inverted or not positive, or the memory limit cannot be enforced.
+    """
+
+    def __init__(
+        self,
+        task: TrainingTask,
+        *,
+        budget: Budget,
+        batch_size: tuple[int, int] = (16, 512),
+        learning_rate: tuple[float, float] = (1e-5, 1e-1),
+        microbatch_size: int | None = None,
+        memory_limit: int | None = None,
+        device: torch.device | None = None,
+        seed: int = 0,
+    ) -> None:
+        _check_range("batch_size", *batch_size)
+        _check_range("learning_rate", *learning_rate)
+        if batch_size[1] > task.train_samples:
+            raise TaskError(
+                f"batch_size={batch_size[1]} is more than the {task.train_samples} training "
+                f"samples of task {task.name!r}; lower the upper end of the range."
+            )
+        self.task = task
+        self.budget = budget
+        self.device = device or default_device()
+        self._batch_size = batch_size
+        self._learning_rate = learning_rate
+        self._microbatch_size = microbatch_size
+        self._seed = seed
+        self._limit = limit_memory(self.device, memory_limit)
+        self._limit.warm_up(self._rehearse)
+        with _private_random_state(self.device):
+            self._memory_key = memory_key(
+                task, device=self.device, limit_bytes=self._limit.limit_bytes
+            )
+
+    @property
+    def search_space(self) -> dict[str, BaseDistribution]:
+        """The distributions that a trial is asked for."""
+        return {
+            "batch_size": IntDistribution(*self._batch_size, log=True),
+            "lr": FloatDistribution(*self._learning_rate, log=True),
+        }
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        """Trains with the trial's settings.
+
+        Returns:
+            The task's objective on the validation data at the end of the budget.
+
+        Raises:
+            optuna.TrialPruned: The trial is hopeless, diverged, or does not fit with one sample.
+        """
+        batch_size = trial.suggest_int("batch_size", *self._batch_size, log=True)
+        learning_rate = trial.suggest_float("lr", *self._learning_rate, log=True)
+        known = self._known_bounds(trial.study)
+        run = self._run(batch_size, learning_rate, self._seed + trial.number, known)
+        reason, value = None, None
+        with _private_random_state(self.device):
+            try:
+                if known.hopeless:
+                    reason = "memory: a single sample is known not to fit"
+                else:
+                    value, reason = self._train(trial, run)
+            except DivergedError as error:
+                reason = f"diverged: {error}"
+            except MicrobatchDoesNotFitError as error:
+                reason = f"memory: {error}"
+            except Exception as error:
+                verdict = classify(error)
+                if verdict is None:
+                    raise
+                reason = f"memory: {verdict.message}"
+                release(error)
+            finally:
+                self._store(trial, run, learning_rate, reason)
+        if reason is not None:
+            empty_caches()
+            raise optuna.TrialPruned(reason)
+        assert value is not None
+        return value
+
+    def confirm(
+        self, batch_size: int, learning_rate: float, *, seed: int, study: optuna.Study
+    ) -> dict[str, dict[str, float]]:
+        """Trains once more with given settings and evaluates on test data too.
+
+        Args:
+            batch_size: Samples per optimizer step.
+            learning_rate: Peak learning rate.
+            seed: One that no trial had.
+            study: Knows which microbatch sizes fit.
+
+        Returns:
+            ``{"valid": {...}, "test": {...}}``, each with ``"loss"`` and every metric; ``"test"``
+            is empty if the task has no test data.
+
+        Raises:
+            DivergedError: The loss is not finite.
+            MicrobatchDoesNotFitError: A single sample does not fit.
+        """
+        run = self._run(batch_size, learning_rate, seed, self._known_bounds(study))
+        with _private_random_state(self.device):
+            *_, last = run.checkpoints()
+            test = {} if self.task.test_data is None else run.evaluate(self.task.test_data)
+        return {"valid": last.values, "test": test}
+
+    def _run(
+        self, batch_size: int, learning_rate: float, seed: int, known: MicrobatchBounds
+    ) -> TrainingRun:
+        settings = RunSettings(
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            budget=self.budget,
+            seed=seed,
+            microbatch_size=min(known.start(batch_size), self._microbatch_size or batch_size),
+            evaluations=EVALUATIONS,
+        )
+        return TrainingRun(self.task, settings, device=self.device, limit=self._limit)
+
+    def _train(self, trial: optuna.Trial, run: TrainingRun) -> tuple[float, str | None]:
+        value = float("nan")
+        for checkpoint in run.checkpoints():
+            for name, mean in checkpoint.values.items():
+                trial.set_user_attr(f"{attributes.VALID_PREFIX}{name}", mean)
+            value = checkpoint.values[self.task.objective]
+            if checkpoint.resource is not None:
+                trial.report(value, checkpoint.resource)
+                if trial.should_prune():
+                    return value, f"hopeless: {self.task.objective} {value:.4g}"
+        return value, None
+
+    def _store(
+        self, trial: optuna.Trial, run: TrainingRun, learning_rate: float, reason: str | None
+    ) -> None:
+        stored = {
+            attributes.LEARNING_RATE: learning_rate,
+            attributes.EFFECTIVE_BATCH_SIZE: run.batch_size,
+            attributes.MICROBATCH_SIZE: run.microbatch_size,
+            attributes.ACCUMULATION_STEPS: run.accumulation_steps,
+            attributes.BACKOFFS: len(run.failed_sizes),
+            attributes.PEAK_MEMORY_BYTES: run.peak_memory_bytes(),
+            attributes.SECONDS: run.seconds,
+            attributes.SAMPLES: run.samples,
+            attributes.STEPS: run.steps,
+            attributes.DEVICE: str(self.device),
+            attributes.MEMORY_KEY: self._memory_key,
+            attributes.MICROBATCH_FITS: run.fits,
+            attributes.MICROBATCH_FAILS: min(run.failed_sizes, default=None),
+            attributes.PRUNE_REASON: reason,
+        }
+        for key, value in stored.items():
+            if value is not None:
+                trial.set_user_attr(key, value)
+        mark_memory(trial, fits=not (reason or "").startswith("memory"))
+
+    def _known_bounds(self, study: optuna.Study) -> MicrobatchBounds:
+        return MicrobatchBounds.merged(
+            MicrobatchBounds(
+                trial.user_attrs.get(attributes.MICROBATCH_FITS, 0),
+                trial.user_attrs.get(attributes.MICROBATCH_FAILS),
+            )
+            for trial in study.get_trials(deepcopy=False)
+            if trial.user_attrs.get(attributes.MEMORY_KEY) == self._memory_key
+        )
+
+    def _rehearse(self) -> None:
+        """One full small step, so that nothing is set up for the first time under a limit."""
+        settings = RunSettings(
+            batch_size=min(REHEARSAL_SAMPLES, self.task.train_samples),
+            learning_rate=self._learning_rate[0],
+            budget=Budget("steps", 1),
+            seed=self._seed,
+            evaluations=1,
+        )
+        run = TrainingRun(
+            self.task, settings, device=self.device, limit=limit_memory(self.device, None)
+        )
+        with _private_random_state(self.device):
+            for _ in run.checkpoints():
+                pass
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+@contextmanager
+def _private_random_state(device: torch.device) -> Iterator[None]:
+    """Lets a run seed PyTorch without the rest of the program noticing."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices, device_type=device.type):
+        yield
+
+
+def _check_range(name: str, low: float, high: float) -> None:
+    if not 0 < low <= high:
+        raise ConfigError(
+            f"{name}={low}:{high}; must be LOW:HIGH with 0 < LOW <= HIGH. Swap or raise them."
+        )

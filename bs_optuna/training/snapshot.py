@@ -1,0 +1,113 @@
+"""What forward and backward change beside the optimizer: gradients, buffers, random states; undone.
+
+Nothing is allocated while an attempt is undone: that happens when memory has just run out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optree
+import torch
+from torch import nn
+
+
+class StepSnapshot:
+    """The state before an attempt; ``commit`` keeps what the attempt did, ``restore`` undoes it.
+
+    Gradients that exist before the step are set aside and added back by ``commit``. The random
+    states are those of Python, NumPy, the CPU and the device of the parameters; a generator that
+    the model keeps for itself is not known here.
+
+    Args:
+        modules: The modules whose parameters and buffers the step may change.
+        batch: The pytree of tensors whose own gradients are looked after as well.
+        buffer_copies: Memory for the copies of buffers, kept by the caller from step to step.
+    """
+
+    def __init__(
+        self, modules: Sequence[nn.Module], batch: Any, buffer_copies: dict[int, torch.Tensor]
+    ) -> None:
+        self._leaves = _leaves(modules, batch)
+        self._gradients = [leaf.grad for leaf in self._leaves]
+        self._buffers = _copied_buffers(modules, buffer_copies)
+        self._random = _RandomStates(self._leaves)
+        for leaf in self._leaves:
+            leaf.grad = None
+
+    def commit(self) -> None:
+        """Adds the gradients that were there before. In place: they are lost if this fails."""
+        for leaf, before in zip(self._leaves, self._gradients, strict=True):
+            if leaf.grad is None:
+                leaf.grad = before
+            elif before is not None:
+                leaf.grad.add_(before)
+
+    def restore(self) -> None:
+        """Puts gradients, buffers and random states back to what they were."""
+        for leaf, before in zip(self._leaves, self._gradients, strict=True):
+            leaf.grad = before
+        with torch.no_grad():
+            for saved in self._buffers:
+                saved.restore()
+        self._random.restore()
+
+
+@dataclass(frozen=True)
+class _SavedBuffer:
+    module: nn.Module
+    name: str
+    buffer: torch.Tensor
+    copy: torch.Tensor
+
+    def restore(self) -> None:
+        self.buffer.copy_(self.copy)
+        if getattr(self.module, self.name) is not self.buffer:  # forward put another in its place
+            setattr(self.module, self.name, self.buffer)
+
+
+def _leaves(modules: Sequence[nn.Module], batch: Any) -> list[torch.Tensor]:
+    parameters = [p for module in modules for p in module.parameters()]
+    tensors = [t for t in optree.tree_leaves(batch) if t.requires_grad]
+    unique = {id(t): t for t in (*parameters, *tensors) if t.requires_grad and t.is_leaf}
+    return list(unique.values())
+
+
+def _copied_buffers(
+    modules: Sequence[nn.Module], copies: dict[int, torch.Tensor]
+) -> list[_SavedBuffer]:
+    saved = []
+    with torch.no_grad():
+        for root in modules:
+            for module in root.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    copy = copies.get(id(buffer))
+                    if copy is None or copy.shape != buffer.shape or copy.dtype != buffer.dtype:
+                        copy = copies[id(buffer)] = torch.empty_like(buffer)
+                    saved.append(_SavedBuffer(module, name, buffer, copy.copy_(buffer)))
+    return saved
+
+
+class _RandomStates:
+    """The states of every global generator that a forward pass may draw from."""
+
+    def __init__(self, leaves: Sequence[torch.Tensor]) -> None:
+        self._python = random.getstate()
+        self._numpy = np.random.get_state()
+        self._cpu = torch.get_rng_state()
+        types = {leaf.device.type for leaf in leaves} - {"cpu"}
+        self._cuda = torch.cuda.get_rng_state_all() if "cuda" in types else None
+        self._mps = torch.mps.get_rng_state() if "mps" in types else None
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+        if self._mps is not None:
+            torch.mps.set_rng_state(self._mps)

@@ -1,0 +1,71 @@
+"""TrainingTask: what a user brings to be tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Any
+from typing import Literal
+
+import torch
+from torch import nn
+
+from bs_optuna.errors import TaskError
+from bs_optuna.training.backward import LossFunction
+from bs_optuna.training.data import Data
+from bs_optuna.training.data import as_data
+from bs_optuna.training.data import length
+from bs_optuna.training.recipes import OptimizerFactory
+from bs_optuna.training.recipes import optimizer_factory
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingTask:
+    """A model, its data, and how to judge it.
+
+    Attributes:
+        model: Makes a new model; called once a trial, with PyTorch's random state seeded.
+        train_data: A pair ``(inputs, targets)`` of pytrees of tensors, or a map-style ``Dataset``
+            that yields such pairs.
+        valid_data: Likewise; trials are compared on it.
+        test_data: Likewise; used once, for the recommended setting. Optional.
+        loss: ``loss(outputs, targets)``, the mean over the samples (or over ``count``).
+        metrics: Further means to report, by name, each ``metric(outputs, targets)``.
+        optimizer: ``"adamw"``, ``"sgd"``, or a function of parameters and learning rate.
+        objective: What trials are compared by: ``"loss"`` or the name of a metric.
+        direction: ``"minimize"`` or ``"maximize"``.
+        count: What the means are taken over, as ``count(inputs, targets)``, if not the samples.
+        name: Names the study and its file if nothing else does.
+
+    Raises:
+        TaskError: Data of another kind, an unknown optimizer, or an objective that is no metric.
+    """
+
+    model: Callable[[], nn.Module]
+    train_data: Data
+    valid_data: Data
+    loss: LossFunction
+    test_data: Data | None = None
+    metrics: Mapping[str, Callable[[Any, Any], torch.Tensor]] = field(default_factory=dict)
+    optimizer: str | OptimizerFactory = "adamw"
+    objective: str = "loss"
+    direction: Literal["minimize", "maximize"] = "minimize"
+    count: Callable[[Any, Any], int | torch.Tensor] | None = None
+    name: str = "task"
+
+    def __post_init__(self) -> None:
+        for name in ("train_data", "valid_data", "test_data"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_data(getattr(self, name), name=name))
+        optimizer_factory(self.optimizer)
+        if self.objective not in (known := ("loss", *self.metrics)):
+            raise TaskError(f"objective={self.objective!r}; must be one of {', '.join(known)}.")
+        if self.direction not in ("minimize", "maximize"):
+            raise TaskError(f"direction={self.direction!r}; must be 'minimize' or 'maximize'.")
+
+    @property
+    def train_samples(self) -> int:
+        """Number of training samples."""
+        return length(self.train_data)
