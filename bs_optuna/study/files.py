@@ -14,7 +14,7 @@ NETWORK_FILE_SYSTEMS = frozenset(
     {"afs", "beegfs", "ceph", "cifs", "fuse.sshfs", "glusterfs", "gpfs", "lustre"}
     | {"ncpfs", "nfs", "nfs3", "nfs4", "smb3", "smbfs"}
 )
-_MOUNTS = Path("/proc/self/mounts")
+MOUNTS = Path("/proc/self/mounts")  # the table of what is mounted where; only Linux has it
 
 
 def check_writable(path: Path) -> None:
@@ -54,19 +54,14 @@ def check_writable(path: Path) -> None:
             )
 
 
-def network_file_system(path: Path, *, mounts: Path = _MOUNTS) -> str | None:
-    """Name of the network file system that a file lies on; None where it is local or unknown.
-
-    Args:
-        path: The file; it need not exist.
-        mounts: The system's table of mounts, which only Linux has.
-    """
-    if not mounts.exists():
+def network_file_system(path: Path) -> str | None:
+    """Name of the network file system that a file lies on; None where it is local or unknown."""
+    if not MOUNTS.exists():
         return None
     found = ""
     kind = None
     target = path.resolve()
-    for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines():
         mount_point, mounted_kind = line.split(" ")[1:3]
         mount_point = mount_point.replace("\\040", " ")
         # Of mounts over each other, the longest path holds, and of equal ones the last.
