@@ -1,0 +1,189 @@
+"""What the trials of a study say, as lists and arrays: lower is better, inf is a broken run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
+
+Array = NDArray[np.float64]
+
+# Extra noise, in standard deviations of the values, of what is known at second hand: a pruned
+# trial's final value is extrapolated, and a trial may fail for reasons unlike its parameters.
+_DOUBT_PRUNED = 0.3
+_DOUBT_FAILED = 1.0
+# Beyond this many times the distance from best to median a loss only says "bad".
+_CLIP = 5.0
+
+
+@dataclass(frozen=True)
+class History:
+    """Trials as a model sees them.
+
+    Attributes:
+        numbers: Trial numbers, n of them.
+        params: Their parameters.
+        values: Objective values, turned so that lower is better; inf where training broke or a
+            constraint is violated; (n, k) for k objectives.
+        doubts: Extra noise variances on the scale of standardised values, (n,).
+        running: Parameters of the trials that are not finished.
+    """
+
+    numbers: list[int]
+    params: Sequence[Mapping[str, Any]]
+    values: Array
+    doubts: Array
+    running: Sequence[Mapping[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def shared_space(trials: Iterable[FrozenTrial]) -> dict[str, BaseDistribution]:
+    """The parameters that every finished trial has with one and the same distribution.
+
+    Completed trials decide; without any, pruned ones; without those, failed ones: a trial that
+    broke off early may lack parameters that all the others have.
+    """
+    trials = list(trials)
+    for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL):
+        spaces = [t.distributions for t in trials if t.state == state and t.distributions]
+        if spaces:
+            return {
+                name: distribution
+                for name, distribution in sorted(spaces[-1].items())
+                if all(space.get(name) == distribution for space in spaces)
+                and not distribution.single()
+            }
+    return {}
+
+
+def read(
+    trials: Sequence[FrozenTrial],
+    directions: Sequence[StudyDirection],
+    names: Collection[str],
+    *,
+    apart_from: int | None = None,
+) -> History:
+    """The history of the trials that have all of the named parameters.
+
+    Args:
+        trials: All trials of the study.
+        directions: One for each objective.
+        names: Parameters that the model sees.
+        apart_from: Number of the trial that is about to be sampled.
+    """
+    signs = np.array([-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in directions])
+    able = [t for t in trials if t.number != apart_from and all(n in t.params for n in names)]
+    lost = _typical_loss_after(able, float(signs[0]))
+    tried = {_key(t, names) for t in able if t.state in (TrialState.COMPLETE, TrialState.PRUNED)}
+    numbers, params, values, doubts = [], [], [], []
+    for t in able:
+        value, doubt = np.full(len(signs), math.inf), 0.0
+        feasible = all(c <= 0.0 for c in t.constraints.values())
+        if t.state == TrialState.COMPLETE:
+            value = signs * np.array(t.values) if feasible else value
+        elif t.state == TrialState.PRUNED:
+            doubt = _DOUBT_PRUNED if feasible else doubt
+            if feasible and len(signs) == 1 and t.last_step is not None:
+                reached = float(signs[0]) * t.intermediate_values[t.last_step]
+                value = np.array([reached + lost.get(t.last_step, 0.0)])
+        elif t.state == TrialState.FAIL and _key(t, names) not in tried:
+            doubt = _DOUBT_FAILED
+        else:
+            continue
+        numbers.append(t.number)
+        params.append(t.params)
+        values.append(np.where(np.isfinite(value), value, math.inf))
+        doubts.append(doubt**2)
+    running = [t.params for t in able if t.state == TrialState.RUNNING]
+    stacked = np.array(values, dtype=float).reshape(len(values), len(signs))
+    return History(numbers, params, stacked, np.array(doubts), running)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A scale on which a Gaussian process can follow the values: finite, mean 0, deviation 1.
+
+    ln(1 + t) with t the distance from the best, in units of that from the best to the median: it
+    tells the good ones apart and keeps a diverged run (11 beside 2.4) from hiding everything
+    else. Broken runs count as the clip.
+
+    Attributes:
+        best: Lowest value.
+        unit: Distance from it to the median.
+        centre: Mean of the logarithms.
+        spread: Their standard deviation.
+    """
+
+    best: float
+    unit: float
+    centre: float
+    spread: float
+
+    @classmethod
+    def of(cls, values: Array) -> Scale:
+        """The scale of values (n,), some of which may be infinite."""
+        finite = values[np.isfinite(values)]
+        if not len(finite):
+            return cls(0.0, 1.0, 0.0, 1.0)
+        best = float(finite.min())
+        unit = float(np.median(finite)) - best or float(finite.max()) - best or 1.0
+        scaled = np.log1p(np.minimum((values - best) / unit, _CLIP))
+        return cls(best, unit, float(scaled.mean()), float(scaled.std()) or 1.0)
+
+    def standardised(self, values: Array) -> Array:
+        """Values on the scale, same shape."""
+        scaled = np.log1p(np.minimum((values - self.best) / self.unit, _CLIP))
+        return (scaled - self.centre) / self.spread
+
+    def restored(self, standardised: Array) -> Array:
+        """Values off the scale, same shape; below the best one the scale goes on linearly."""
+        scaled = standardised * self.spread + self.centre
+        return self.best + self.unit * np.where(scaled > 0, np.expm1(scaled), scaled)
+
+
+def scalarised(values: Array, rng: np.random.Generator) -> Array:
+    """One value of several objectives (n, k), for a random trade-off between them (n,).
+
+    ParEGO (Knowles 2006): the augmented Chebyshev norm of the normalised objectives with weights
+    drawn uniformly from the simplex; over the trials it visits the whole Pareto front.
+    """
+    if values.shape[1] == 1:
+        return values[:, 0]
+    weights = rng.dirichlet(np.ones(values.shape[1]))
+    usable = np.isfinite(values).all(1)
+    if not usable.any():
+        return np.full(len(values), math.inf)
+    low, high = values[usable].min(0), values[usable].max(0)
+    weighted = weights * (values - low) / np.where(high > low, high - low, 1.0)
+    weighted[~usable] = math.inf
+    norm: Array = weighted.max(1) + 0.05 * weighted.sum(1)
+    return norm
+
+
+def _typical_loss_after(trials: Iterable[FrozenTrial], sign: float) -> dict[int, float]:
+    """Median change of the value from each reported step to the end, among completed trials."""
+    changes: dict[int, list[float]] = {}
+    for t in trials:
+        if t.state == TrialState.COMPLETE and t.values is not None:
+            for step, reported in t.intermediate_values.items():
+                changes.setdefault(step, []).append(sign * (t.values[0] - reported))
+    medians = {step: float(np.median(c)) for step, c in changes.items()}
+    return {step: change for step, change in medians.items() if math.isfinite(change)}
+
+
+def _key(trial: FrozenTrial, names: Collection[str]) -> tuple[Any, ...]:
+    return tuple(trial.params[name] for name in sorted(names))

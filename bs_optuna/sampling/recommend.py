@@ -1,0 +1,253 @@
+"""recommend: what the evidence of a study supports, with what is still uncertain about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+from optuna.study import Study
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
+from bs_optuna.errors import StudyError
+from bs_optuna.sampling import history
+from bs_optuna.sampling.fit import THOROUGH
+from bs_optuna.sampling.fit import Fit
+from bs_optuna.sampling.sampler import CoupledSampler
+from bs_optuna.sampling.space import Space
+from bs_optuna.science.prior import ScalingPrior
+
+
+Array = NDArray[np.float64]
+Interval = tuple[float, float]
+
+MINIMUM_TRIALS = 3
+_DRAWS = 40  # functions for each of the hyper-parameter samples
+_GRID = 121
+# The best learning rate may lie outside the searched range, by this factor at most.
+_BEYOND = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """A setting, and how sure the study is of it; intervals hold 90 % of the posterior.
+
+    Attributes:
+        batch_size: Samples per optimizer step.
+        learning_rate: Learning rate for it.
+        learning_rate_interval: Where the best learning rate for this batch size lies.
+        params: All suggested parameters.
+        trial_number: The trial that ran with them; None for a setting never tried.
+        value: Expected objective value.
+        value_interval: Where the value lies, noise of a single run apart.
+        probability_best: Probability that it is the best of the settings tried; None for a
+            setting never tried.
+        exponent: Slope of ln lr* against ln B far below the critical batch size.
+        exponent_interval: Where it lies.
+        critical_batch_size: Batch size in samples around which the ridge goes flat.
+        critical_batch_size_interval: Where it lies.
+        trials: Number of finished trials behind all this.
+    """
+
+    batch_size: int
+    learning_rate: float
+    learning_rate_interval: Interval
+    params: Mapping[str, Any]
+    trial_number: int | None
+    value: float
+    value_interval: Interval
+    probability_best: float | None
+    exponent: float
+    exponent_interval: Interval
+    critical_batch_size: float
+    critical_batch_size_interval: Interval
+    trials: int
+
+
+def recommend(
+    study: Study,
+    *,
+    batch_size: int | None = None,
+    prior: str | ScalingPrior | None = None,
+    batch_size_name: str = "batch_size",
+    learning_rate_name: str = "lr",
+    seed: int = 0,
+) -> Recommendation:
+    """The setting that a study supports, by posterior mean instead of the luckiest trial.
+
+    Args:
+        study: Any Optuna study with one objective and the two parameters, whoever sampled it.
+        batch_size: Ask for the learning rate of this batch size, tried or not; the other
+            parameters are those of the best trial. None asks for the best setting tried.
+        prior: Optimizer or belief; None takes that of the study's CoupledSampler, if it has one.
+        batch_size_name: Name of the batch size in the study.
+        learning_rate_name: Name of the learning rate in the study.
+        seed: Of the random numbers behind the averages.
+
+    Raises:
+        StudyError: The study lacks the parameters, has too few finished trials or several
+            objectives, or the batch size is not positive.
+    """
+    if len(study.directions) > 1:
+        raise StudyError(
+            f"Study {study.study_name!r} has {len(study.directions)} objectives; "
+            "recommend answers for one. Choose among study.best_trials instead."
+        )
+    if batch_size is not None and batch_size < 1:
+        raise StudyError(f"batch_size is {batch_size}; ask for 1 or more.")
+    names = (batch_size_name, learning_rate_name)
+    trials = _usable(study, names)
+    space = Space(_space(trials, names), batch_size=names[0], learning_rate=names[1])
+    if space.ridge is None:
+        raise StudyError(
+            f"Parameters {names[0]!r} and {names[1]!r} are not both positive numbers; "
+            "name two that are."
+        )
+    seen = history.read(trials, study.directions, [axis.name for axis in space.axes])
+    rng = np.random.default_rng(seed)
+    fit = Fit(space, _prior(study, prior), seen, rng, effort=THOROUGH)
+    sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
+    return _Answer(fit, seen, trials, rng, sign).at(batch_size)
+
+
+class _Answer:
+    """One fitted study, ready to be asked."""
+
+    def __init__(
+        self,
+        fit: Fit,
+        seen: history.History,
+        trials: Sequence[FrozenTrial],
+        rng: np.random.Generator,
+        sign: float,
+    ) -> None:
+        self._fit, self._seen, self._rng, self._sign = fit, seen, rng, sign
+        self._params = {t.number: t.params for t in trials}
+        assert fit.space.ridge is not None
+        self._b, self._lr = fit.space.ridge
+
+    def at(self, batch_size: int | None) -> Recommendation:
+        draws = self._draws(self._fit.tried)
+        finite = np.isfinite(self._seen.values[:, 0])
+        best = int(np.where(finite, draws.mean(0), math.inf).argmin())
+        number: int | None = self._seen.numbers[best]
+        params = dict(self._params[self._seen.numbers[best]])
+        point = self._fit.tried[best].copy()
+        chance: float | None = float((draws.argmin(1) == best).mean())
+        if batch_size is not None:
+            point[self._b] = math.log(batch_size)
+        optimum, interval = self._best_learning_rate(point)
+        if batch_size is not None:
+            number, chance = None, None
+            point[self._lr] = math.log(optimum)
+            params[self._fit.space.axes[self._b].name] = batch_size
+            params[self._fit.space.axes[self._lr].name] = optimum
+            draws = self._draws(point[None])
+            best = 0
+        return self._answer(params, number, interval, draws[:, best], chance)
+
+    def _answer(
+        self,
+        params: dict[str, Any],
+        number: int | None,
+        interval: Interval,
+        draws: Array,
+        chance: float | None,
+    ) -> Recommendation:
+        batch_size, learning_rate = (
+            params[self._fit.space.axes[j].name] for j in (self._b, self._lr)
+        )
+        theta = self._fit.model.theta(self._fit.walkers)
+        values = self._sign * self._fit.scale.restored(draws)
+        mean = float(self._sign * self._fit.scale.restored(draws.mean()))
+        critical = np.exp(theta[:, 1])
+        return Recommendation(
+            batch_size=int(batch_size),
+            learning_rate=float(learning_rate),
+            learning_rate_interval=interval,
+            params=params,
+            trial_number=number,
+            value=mean,
+            value_interval=_interval(values),
+            probability_best=chance,
+            exponent=float(np.median(theta[:, 0])),
+            exponent_interval=_interval(theta[:, 0]),
+            critical_batch_size=float(np.median(critical)),
+            critical_batch_size_interval=_interval(critical),
+            trials=len(self._seen),
+        )
+
+    def _best_learning_rate(self, point: Array) -> tuple[float, Interval]:
+        """Best learning rate with everything else as at a point, and its interval."""
+        low, high = self._fit.space.axes[self._lr].bounds
+        grid = np.linspace(low - math.log(_BEYOND), high + math.log(_BEYOND), _GRID)
+        points = np.repeat(point[None], len(grid), axis=0)
+        points[:, self._lr] = grid
+        draws = self._draws(points)
+        lowest = grid[draws.argmin(1)]
+        return float(np.exp(np.median(lowest))), _interval(np.exp(lowest))
+
+    def _draws(self, coordinates: Array) -> Array:
+        return self._fit.posterior.draws(self._fit.points(coordinates), self._rng, _DRAWS)
+
+
+def _usable(study: Study, names: tuple[str, str]) -> list[FrozenTrial]:
+    """Trials with both parameters, enough of them completed.
+
+    Raises:
+        StudyError: There are too few, or none.
+    """
+    trials = study.get_trials(deepcopy=False)
+    completed = [t for t in trials if t.state == TrialState.COMPLETE]
+    for name in names:
+        if completed and not any(name in t.params for t in completed):
+            known = ", ".join(sorted({n for t in completed for n in t.params})) or "none"
+            raise StudyError(
+                f"Study {study.study_name!r} has no parameter {name!r}; it has {known}. "
+                "Name them with batch_size_name and learning_rate_name."
+            )
+    usable = [t for t in trials if all(name in t.params for name in names)]
+    finished = sum(t.state == TrialState.COMPLETE and math.isfinite(t.values[0]) for t in usable)
+    if finished < MINIMUM_TRIALS:
+        raise StudyError(
+            f"Study {study.study_name!r} has {finished} completed trials; "
+            f"a recommendation takes {MINIMUM_TRIALS}. Run more."
+        )
+    return usable
+
+
+def _space(trials: Sequence[FrozenTrial], names: tuple[str, str]) -> dict[str, BaseDistribution]:
+    """The shared space; a range of the two that changed is replaced by what was tried."""
+    space = dict(history.shared_space(trials))
+    for name in names:
+        if name not in space:
+            tried = [t.params[name] for t in trials]
+            if not all(isinstance(v, int | float) and v > 0 for v in tried):
+                continue
+            if all(isinstance(v, int) for v in tried):
+                space[name] = IntDistribution(min(tried), max(tried), log=True)
+            else:
+                space[name] = FloatDistribution(min(tried), max(tried), log=True)
+    return space
+
+
+def _prior(study: Study, prior: str | ScalingPrior | None) -> ScalingPrior:
+    if isinstance(prior, ScalingPrior):
+        return prior
+    if prior is None and isinstance(study.sampler, CoupledSampler):
+        return study.sampler.prior
+    return ScalingPrior.for_optimizer(prior or "unknown")
+
+
+def _interval(draws: Array) -> Interval:
+    low, high = np.quantile(draws, [0.05, 0.95])
+    return float(low), float(high)

@@ -1,0 +1,147 @@
+"""CoupledSampler: knows how the best learning rate moves with the batch size."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from bs_optuna.errors import ConfigError
+from bs_optuna.sampling import history
+from bs_optuna.sampling.fit import QUICK
+from bs_optuna.sampling.fit import Fit
+from bs_optuna.sampling.space import Space
+from bs_optuna.sampling.start import start_point
+from bs_optuna.science.prior import ScalingPrior
+
+
+Array = NDArray[np.float64]
+
+_logger = logging.getLogger(__name__)
+
+# Three trials along the ridge come before the model has a say.
+_START_TRIALS = 3
+
+
+class CoupledSampler(BaseSampler):
+    """Suggest batch size and learning rate together, and every other parameter with them.
+
+    Args:
+        prior: The optimizer's name ("sgd", "adamw", "lamb", ...) or a belief of one's own.
+        batch_size: Name of the batch size in the objective.
+        learning_rate: Name of the learning rate in the objective.
+        reference: A batch size and a learning rate known to work; the first trial, if they are in
+            range.
+        seed: Makes suggestions repeatable.
+
+    Raises:
+        ConfigError: The optimizer is unknown, or the reference is not positive.
+    """
+
+    def __init__(
+        self,
+        *,
+        prior: str | ScalingPrior = "unknown",
+        batch_size: str = "batch_size",
+        learning_rate: str = "lr",
+        reference: tuple[float, float] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if batch_size == learning_rate:
+            raise ConfigError(
+                f"batch_size and learning_rate are both named {batch_size!r}; name two parameters."
+            )
+        belief = ScalingPrior.for_optimizer(prior) if isinstance(prior, str) else prior
+        self._prior = belief if reference is None else belief.with_reference(*reference)
+        self._batch_size = batch_size
+        self._learning_rate = learning_rate
+        self._entropy = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        self._walkers: Array | None = None
+        self._warned: set[str] = set()
+
+    @property
+    def prior(self) -> ScalingPrior:
+        """The belief about the ridge that the sampler starts from."""
+        return self._prior
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """The parameters that all finished trials share."""
+        return history.shared_space(study.get_trials(deepcopy=False))
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Suggest all shared parameters at once."""
+        if not search_space:
+            return {}
+        space = self._space(search_space)
+        rng = self._rng(trial)
+        known = _known(trial)
+        fixed = {
+            j: axis.coordinate(known[axis.name])
+            for j, axis in enumerate(space.axes)
+            if axis.name in known
+        }
+        seen = history.read(
+            study.get_trials(deepcopy=False),
+            study.directions,
+            search_space,
+            apart_from=trial.number,
+        )
+        if len(seen) < _START_TRIALS:
+            return space.params(start_point(space, self._prior, trial.number, rng, fixed))
+        fit = Fit(space, self._prior, seen, rng, effort=QUICK, walkers=self._walkers)
+        self._walkers = fit.walkers
+        return space.params(fit.suggest(rng, fixed))
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Suggest one parameter that the shared model cannot: at the start, or conditional."""
+        rng = self._rng(trial, param_name)
+        known = _known(trial)
+        ridge = (self._batch_size, self._learning_rate)
+        company = {n: d for n, d in trial.distributions.items() if n in ridge and n in known}
+        space = self._space({**company, param_name: param_distribution})
+        if any(t.state.is_finished() for t in study.get_trials(deepcopy=False)):
+            self._warn_once(param_name)
+            return space.params(space.uniform(rng, 1)[0])[param_name]
+        fixed = {
+            j: a.coordinate(known[a.name]) for j, a in enumerate(space.axes) if a.name in known
+        }
+        return space.params(start_point(space, self._prior, trial.number, rng, fixed))[param_name]
+
+    def _warn_once(self, name: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            _logger.warning(
+                "Parameter %r is not in every trial with the same range, so it is sampled apart "
+                "from the model; give it one range in all trials to have it modelled.",
+                name,
+            )
+
+    def _space(self, search_space: Mapping[str, BaseDistribution]) -> Space:
+        return Space(search_space, batch_size=self._batch_size, learning_rate=self._learning_rate)
+
+    def _rng(self, trial: FrozenTrial, name: str = "") -> np.random.Generator:
+        """Random numbers of one trial: the same in every thread and process that has the seed."""
+        return np.random.default_rng([self._entropy, trial.number, zlib.crc32(name.encode())])
+
+
+def _known(trial: FrozenTrial) -> dict[str, Any]:
+    """Values that this trial has already, enqueued or suggested: no sampler can change them."""
+    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}

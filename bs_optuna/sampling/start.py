@@ -1,0 +1,67 @@
+"""The first trials: the anchor, then a walk along the ridge; no random phase."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bs_optuna.sampling.space import Space
+from bs_optuna.science.prior import Anchor
+from bs_optuna.science.prior import ScalingPrior
+from bs_optuna.science.prior import ridge
+
+
+Array = NDArray[np.float64]
+
+# Batch sizes of the first trials, in half ranges from the reference: a quarter of the range up and
+# down. Further ones, where results are slow to come, fill the range.
+_WALK = (0.0, 0.5, -0.5)
+
+
+def anchored(space: Space, prior: ScalingPrior) -> Anchor | None:
+    """The scaling prior in a space; None if that lacks batch size or learning rate."""
+    if space.ridge is None:
+        return None
+    batch, lr = (space.axes[j].bounds for j in space.ridge)
+    return prior.anchored_in(
+        (math.exp(batch[0]), math.exp(batch[1])), (math.exp(lr[0]), math.exp(lr[1]))
+    )
+
+
+def start_point(
+    space: Space,
+    prior: ScalingPrior,
+    index: int,
+    rng: np.random.Generator,
+    fixed: Mapping[int, float],
+) -> Array:
+    """Coordinates (P,) of the trial with that number before any model.
+
+    Args:
+        space: The search space.
+        prior: The belief about the ridge, not yet anchored.
+        index: Number of the trial.
+        rng: Its random numbers.
+        fixed: Coordinates that are given already, by their index.
+    """
+    point = space.middle() if index == 0 else space.uniform(rng, 1)[0]
+    for j, coordinate in fixed.items():
+        point[j] = coordinate
+    anchor = anchored(space, prior)
+    if anchor is None or space.ridge is None:
+        return point
+    b, lr = space.ridge
+    low, high = space.axes[b].bounds
+    if b not in fixed:
+        step = _WALK[index] if index < len(_WALK) else rng.uniform(-1.0, 1.0)
+        point[b] = anchor.log_batch_size + step * 0.5 * (high - low)
+        point[[b]] = space.axes[b].snapped(point[[b]])
+    if lr not in fixed:
+        here = np.array([point[b], anchor.log_batch_size])
+        rho = ridge(here, anchor.exponent, anchor.log_critical)
+        scatter = rng.standard_normal() * anchor.log_learning_rate_sd * (index >= len(_WALK))
+        point[lr] = anchor.log_learning_rate + rho[0] - rho[1] + scatter
+    return point

@@ -1,0 +1,244 @@
+"""A Gaussian process on ridge coordinates whose hyper-parameters are averaged over, not fitted.
+
+Symbols: n observations, N points, D other features, G other parameters, S samples of the
+hyper-parameters, T their number. In whitened form w ~ N(0, I) they are theta = mean + sd * w:
+
+    exponent, ln Bc, offset   the ridge, z = (ln lr - ridge(B) - offset) / ln 5
+    ln length                 of z, of u = scaled ln B, and of each other parameter
+    ln amplitude, ln noise    of the part that no basis function explains, and of the noise
+
+    f = sum_p weight_p basis_p(z, u, x) + amplitude * Matern52(z, u, x), weight_p normal
+
+The posterior over w is explored by an ensemble of walkers (Goodman & Weare 2010, stretch move): no
+gradients, no tuning, and from one trial to the next it only has to move a little.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
+
+from bs_optuna.science.prior import Anchor
+from bs_optuna.science.prior import ridge
+
+
+Array = NDArray[np.float64]
+
+# A learning rate off by a factor of five is about as bad as a middling setting.
+_RIDGE_UNIT = math.log(5.0)
+_JITTER = 1e-6
+_SQRT5 = math.sqrt(5.0)
+
+
+@dataclass(frozen=True)
+class Points:
+    """Where the function is asked for or was observed.
+
+    Attributes:
+        log_batch_size: ln B, (N,); without meaning in a space that has no ridge.
+        log_learning_rate: ln lr, (N,); likewise.
+        other: Features of the other parameters, (N, D).
+    """
+
+    log_batch_size: Array
+    log_learning_rate: Array
+    other: Array
+
+    def __len__(self) -> int:
+        return len(self.other)
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What was seen.
+
+    Attributes:
+        points: Where, n of them.
+        values: Standardised, lower is better, (n,).
+        doubts: Extra noise variance of each, (n,).
+    """
+
+    points: Points
+    values: Array
+    doubts: Array
+
+
+class Model:
+    """Prior over functions and hyper-parameters, for one search space.
+
+    Args:
+        anchor: The scaling prior in the space; None in a space without a ridge.
+        log_batch_sizes: Lowest and highest ln B; None likewise.
+        owners: Parameter of each other feature, (D,).
+        nominal: Whether each other feature belongs to a nominal parameter, (D,).
+    """
+
+    def __init__(
+        self,
+        anchor: Anchor | None,
+        log_batch_sizes: tuple[float, float] | None,
+        owners: NDArray[np.int_],
+        nominal: NDArray[np.bool_],
+    ) -> None:
+        self._anchor = anchor
+        self._groups = np.unique(owners, return_inverse=True)[1] if len(owners) else owners
+        self._numeric = ~nominal
+        count = len(np.unique(owners))
+        total = count + (2 if anchor else 0)
+        mean: list[float] = []
+        sd: list[float] = []
+        if anchor is not None and log_batch_sizes is not None:
+            self._half = max(0.5 * (log_batch_sizes[1] - log_batch_sizes[0]), 0.5)
+            mean += [anchor.exponent, anchor.log_critical, 0.0]
+            sd += [anchor.exponent_sd, anchor.log_critical_sd, anchor.log_learning_rate_sd]
+        # Lengths grow with the square root of the number of parameters, so that functions stay
+        # as smooth along a diagonal (Hvarfner 2024, arXiv 2402.02229).
+        growth = 0.5 * math.log(max(total, 2) / 2.0)
+        if anchor is not None:
+            mean += [math.log(0.8) + growth, growth]
+            sd += [0.6, 0.6]
+        mean += [growth] * count + [math.log(0.5), math.log(0.03)]
+        sd += [0.8] * count + [0.5, 1.0]
+        self._mean, self._sd = np.array(mean), np.array(sd)
+
+    @property
+    def size(self) -> int:
+        """T, the number of hyper-parameters."""
+        return len(self._mean)
+
+    def theta(self, w: Array) -> Array:
+        """Hyper-parameters of whitened ones, same shape."""
+        return self._mean + self._sd * w
+
+    def inputs(self, theta: Array, points: Points) -> tuple[Array, Array, Array]:
+        """Scaled inputs (S, N, D+2), basis (S, N, P) and mean (S, N) at each sample."""
+        n, s = len(points), len(theta)
+        columns = [np.broadcast_to(points.other, (s, n, points.other.shape[1]))]
+        basis = [np.ones((s, n, 1)), 0.7 * columns[0], 0.7 * columns[0][..., self._numeric] ** 2]
+        mean = np.zeros((s, n))
+        k = 0
+        if self._anchor is not None:
+            origin = self._anchor.log_batch_size
+            a, bc, offset = theta[:, [0]], theta[:, [1]], theta[:, [2]]
+            rho = ridge(points.log_batch_size, a, bc) - ridge(np.array([origin]), a, bc)
+            centre = self._anchor.log_learning_rate + offset + rho
+            z = (points.log_learning_rate - centre) / _RIDGE_UNIT
+            u = np.broadcast_to((points.log_batch_size - origin) / self._half, z.shape)
+            bowl = np.log1p(z * z)
+            mean = bowl
+            basis += [np.stack([u, u * u, bowl, 0.5 * z], axis=-1)]
+            columns = [np.stack([z, u], axis=-1), *columns]
+            k = 3
+        lengths = np.exp(theta[:, k:-2])
+        first = 2 if self._anchor is not None else 0
+        per_feature = np.concatenate(
+            [lengths[:, :first], lengths[:, first + self._groups]], axis=1
+        )
+        scaled = np.concatenate(columns, axis=-1) / per_feature[:, None, :]
+        return scaled, np.concatenate(basis, axis=-1), mean
+
+    def covariance(
+        self, theta: Array, left: tuple[Array, Array, Array], right: tuple[Array, Array, Array]
+    ) -> Array:
+        """Prior covariance between two sets of inputs, (S, N, N')."""
+        amplitude = np.exp(2.0 * theta[:, -2])[:, None, None]
+        return matern52(left[0], right[0]) * amplitude + left[1] @ right[1].transpose(0, 2, 1)
+
+    def factor(self, w: Array, seen: Observations) -> tuple[Array, Array, Array]:
+        """Cholesky factor (S, n, n), whitened residual (S, n) and log posterior of w (S,)."""
+        theta = self.theta(w)
+        inputs = self.inputs(theta, seen.points)
+        noise = np.exp(2.0 * theta[:, -1])[:, None] + seen.doubts + _JITTER
+        covariance = self.covariance(theta, inputs, inputs)
+        index = np.arange(len(seen.points))
+        covariance[:, index, index] += noise
+        factor = np.linalg.cholesky(covariance).astype(float)
+        residual = seen.values - inputs[2]
+        whitened = np.stack(
+            [
+                solve_triangular(factor[s], residual[s], lower=True, check_finite=False)
+                for s in range(len(w))
+            ]
+        )
+        log_det = np.log(factor[:, index, index]).sum(-1)
+        log_posterior: Array = -0.5 * (whitened**2).sum(-1) - log_det - 0.5 * (w**2).sum(-1)
+        return factor, whitened, log_posterior
+
+
+def matern52(left: Array, right: Array) -> Array:
+    """Matern kernel of smoothness 5/2 between scaled inputs (S, N, D) and (S, N', D)."""
+    square = (
+        (left**2).sum(-1)[:, :, None]
+        + (right**2).sum(-1)[:, None, :]
+        - 2.0 * left @ right.transpose(0, 2, 1)
+    )
+    r = _SQRT5 * np.sqrt(np.maximum(square, 0.0))
+    kernel: Array = (1.0 + r + r * r / 3.0) * np.exp(-r)
+    return kernel
+
+
+class Posterior:
+    """The function after observations, one Gaussian process for each sample of w.
+
+    Args:
+        model: The prior.
+        w: Samples of the whitened hyper-parameters, (S, T).
+        seen: The observations.
+    """
+
+    def __init__(self, model: Model, w: Array, seen: Observations) -> None:
+        self.model, self.w, self.seen = model, w, seen
+        self.theta = model.theta(w)
+        self._inputs = model.inputs(self.theta, seen.points)
+        self._factor, self._whitened, _ = model.factor(w, seen)
+
+    def predict(self, points: Points) -> tuple[Array, Array]:
+        """Mean and standard deviation of the function, (S, N) each."""
+        inputs = self.model.inputs(self.theta, points)
+        cross = self.model.covariance(self.theta, self._inputs, inputs)
+        mean = np.empty((len(self.w), len(points)))
+        variance = np.exp(2.0 * self.theta[:, [-2]]) + (inputs[1] ** 2).sum(-1)
+        for s in range(len(self.w)):
+            v = solve_triangular(self._factor[s], cross[s], lower=True, check_finite=False)
+            mean[s] = inputs[2][s] + v.T @ self._whitened[s]
+            variance[s] -= (v * v).sum(0)
+        return mean, np.sqrt(np.maximum(variance, 1e-12))
+
+    def draws(self, points: Points, rng: np.random.Generator, count: int) -> Array:
+        """Functions drawn from the posterior at points, (S * count, N)."""
+        inputs = self.model.inputs(self.theta, points)
+        cross = self.model.covariance(self.theta, self._inputs, inputs)
+        own = self.model.covariance(self.theta, inputs, inputs)
+        drawn = []
+        for s in range(len(self.w)):
+            v = solve_triangular(self._factor[s], cross[s], lower=True, check_finite=False)
+            mean = inputs[2][s] + v.T @ self._whitened[s]
+            values, vectors = np.linalg.eigh(own[s] - v.T @ v)
+            root = vectors * np.sqrt(np.maximum(values, 0.0))
+            drawn.append(mean + rng.standard_normal((count, len(points))) @ root.T)
+        return np.concatenate(drawn)
+
+
+def explore(
+    model: Model, seen: Observations, walkers: Array, rng: np.random.Generator, sweeps: int
+) -> Array:
+    """Move walkers (S, T) towards the posterior of w by stretch moves, half of them at a time."""
+    w = walkers.copy()
+    half = len(w) // 2
+    log_p = model.factor(w, seen)[2]
+    for sweep in range(2 * sweeps):
+        movers = np.arange(half) + half * (sweep % 2)
+        others = rng.permutation(np.arange(half) + half * (1 - sweep % 2))
+        stretch = (1.0 + rng.random(half)) ** 2 / 2.0
+        proposal = w[others] + stretch[:, None] * (w[movers] - w[others])
+        proposal = np.clip(proposal, -4.0, 4.0)
+        log_q = model.factor(proposal, seen)[2]
+        accepted = np.log(rng.random(half)) < (
+            (model.size - 1) * np.log(stretch) + log_q - log_p[movers]
+        )
+        w[movers[accepted]], log_p[movers[accepted]] = proposal[accepted], log_q[accepted]
+    return w

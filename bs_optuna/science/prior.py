@@ -1,0 +1,215 @@
+"""What is believed about the best learning rate at every batch size before the first trial.
+
+Symbols: B batch size (samples per optimizer step), lr learning rate, a exponent, Bc critical batch
+size, (B0, lr0) the reference. The ridge is the saturating law
+
+    ln lr*(B) = ln lr0 + a * (ln(1 + Bc/B0) - ln(1 + Bc/B)),
+
+a power law of slope a below Bc that goes flat above it (McCandlish et al. 2018, arXiv 1812.06162,
+eq. 2.10 and its generalisation for Adam). One power law is never right over the whole range
+(Shallue et al. 2019, arXiv 1811.03600).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bs_optuna.errors import ConfigError
+
+
+Array = NDArray[np.float64]
+
+LOG_2 = math.log(2.0)
+LOG_3 = math.log(3.0)
+LOG_10 = math.log(10.0)
+
+# Slope of ln lr* against ln B at the reference, mean and standard deviation. SGD: between the
+# square-root and the linear rule (Goyal 2017, Krizhevsky 2014). Adam and its kin: the square root
+# of the SDE argument (Malladi 2022), less what is measured in practice (0.16 by Marek 2025, 0.35
+# on public language-model grids). Sign-like: the square root, hardly measured. Unknown: anything.
+_SLOPES = {
+    "sgd": (0.8, 0.25),
+    "adam": (0.4, 0.25),
+    "sign": (0.45, 0.25),
+    "layerwise": (0.5, 0.25),
+    "unknown": (0.5, 0.35),
+}
+
+# Optimizer -> (family, learning rate that its authors or libraries start from). The value is at
+# B0 = 256 and is believed only to within a factor of ten.
+_OPTIMIZERS: dict[str, tuple[str, float | None]] = {
+    "sgd": ("sgd", 0.1),  # He et al. 2016; Goyal et al. 2017
+    "momentum": ("sgd", 0.1),
+    "adam": ("adam", 1e-3),  # Kingma & Ba 2015; PyTorch's default
+    "adamw": ("adam", 1e-3),
+    "nadam": ("adam", 1e-3),
+    "radam": ("adam", 1e-3),
+    "rmsprop": ("adam", 1e-3),
+    "adafactor": ("adam", 1e-2),  # PyTorch's default; Shazeer & Stern 2018
+    "lion": ("sign", 1e-4),  # Chen et al. 2023
+    "signsgd": ("sign", 1e-4),
+    "muon": ("sign", 2e-2),  # Jordan et al. 2024
+    "lars": ("layerwise", None),  # the trust ratio sets the scale, and its constants vary
+    "lamb": ("layerwise", None),
+    "unknown": ("unknown", None),
+}
+_TYPICAL_BATCH_SIZE = 256.0
+
+# At B0 the saturating law has slope a / (1 + B0/Bc): two thirds of a for the median Bc = 2 B0.
+_EXPONENT_PER_SLOPE = 1.5
+_EXPONENT_BOUNDS = (-0.2, 1.2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingPrior:
+    """Normal beliefs about exponent, critical batch size and learning rate at the reference.
+
+    Attributes:
+        exponent: Mean of a, the slope of ln lr* against ln B far below the critical batch size.
+        exponent_sd: Its standard deviation.
+        critical_batch_size: Median of Bc in samples; None means twice the reference batch size.
+        critical_batch_size_log_sd: Standard deviation of ln Bc.
+        reference_batch_size: B0 in samples; None means the middle of the searched range.
+        learning_rate: Median of lr0, the best learning rate at B0; None means that only the
+            searched range tells.
+        learning_rate_log_sd: Standard deviation of ln lr0.
+    """
+
+    exponent: float
+    exponent_sd: float
+    critical_batch_size: float | None = None
+    critical_batch_size_log_sd: float = 2.0
+    reference_batch_size: float | None = None
+    learning_rate: float | None = None
+    learning_rate_log_sd: float = LOG_10
+
+    def __post_init__(self) -> None:
+        low, high = _EXPONENT_BOUNDS
+        if not low <= self.exponent <= high:
+            raise ConfigError(f"exponent is {self.exponent}; choose one within [{low}, {high}].")
+        for name in ("exponent_sd", "critical_batch_size_log_sd", "learning_rate_log_sd"):
+            _require_positive(name, getattr(self, name))
+        for name in ("critical_batch_size", "reference_batch_size", "learning_rate"):
+            if getattr(self, name) is not None:
+                _require_positive(name, getattr(self, name))
+
+    @classmethod
+    def for_optimizer(cls, optimizer: str) -> ScalingPrior:
+        """The default belief for an optimizer, by its usual name in lower or upper case.
+
+        Raises:
+            ConfigError: The optimizer is not among the known ones.
+        """
+        try:
+            family, learning_rate = _OPTIMIZERS[optimizer.lower()]
+        except KeyError:
+            known = ", ".join(sorted(_OPTIMIZERS))
+            raise ConfigError(
+                f"No scaling prior for optimizer {optimizer!r}; choose one of {known}."
+            ) from None
+        slope, sd = _SLOPES[family]
+        return cls(
+            exponent=min(_EXPONENT_PER_SLOPE * slope, 1.0),
+            exponent_sd=sd,
+            reference_batch_size=None if learning_rate is None else _TYPICAL_BATCH_SIZE,
+            learning_rate=learning_rate,
+        )
+
+    def with_reference(self, batch_size: float, learning_rate: float) -> ScalingPrior:
+        """The same belief, anchored at a setting known to within a factor of three.
+
+        Raises:
+            ConfigError: One of the two is not positive.
+        """
+        return replace(
+            self,
+            reference_batch_size=batch_size,
+            learning_rate=learning_rate,
+            learning_rate_log_sd=LOG_3,
+        )
+
+    def anchored_in(
+        self, batch_sizes: tuple[float, float], learning_rates: tuple[float, float]
+    ) -> Anchor:
+        """The belief inside the searched ranges of B and lr, with every None filled in.
+
+        A range is a belief too: its ends are where its author would have been surprised, so it
+        counts as a normal whose two standard deviations reach them. It is multiplied with the
+        belief about lr0, carried along the mean ridge to the geometric middle of the batch sizes.
+        A reference from experience (within a factor of three) stays where it is.
+        """
+        middle = 0.5 * math.log(batch_sizes[0] * batch_sizes[1])
+        origin = middle
+        if self.reference_batch_size is not None:
+            origin = math.log(self.reference_batch_size)
+        trusted = self.learning_rate is not None and self.learning_rate_log_sd <= LOG_3
+        here = origin if trusted else middle
+        critical = here + LOG_2
+        if self.critical_batch_size is not None:
+            critical = math.log(self.critical_batch_size)
+        if trusted and self.learning_rate is not None:
+            mean, sd = math.log(self.learning_rate), self.learning_rate_log_sd
+        else:
+            low, high = (math.log(lr) for lr in learning_rates)
+            mean, precision = 0.5 * (low + high), (4.0 / max(high - low, 1e-9)) ** 2
+            if self.learning_rate is not None:
+                step = ridge(np.array([origin, middle]), self.exponent, critical)
+                carried = math.log(self.learning_rate) + float(step[1] - step[0])
+                weight = 1.0 / self.learning_rate_log_sd**2
+                mean = (precision * mean + weight * carried) / (precision + weight)
+                precision += weight
+            sd = precision**-0.5
+        return Anchor(
+            exponent=self.exponent,
+            exponent_sd=self.exponent_sd,
+            log_critical=critical,
+            log_critical_sd=self.critical_batch_size_log_sd,
+            log_batch_size=here,
+            log_learning_rate=mean,
+            log_learning_rate_sd=sd,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchor:
+    """A scaling prior at home in one search space: normal beliefs, logarithms of samples and lr.
+
+    Attributes:
+        exponent: Mean of a.
+        exponent_sd: Its standard deviation.
+        log_critical: Mean of ln Bc.
+        log_critical_sd: Its standard deviation.
+        log_batch_size: ln B0.
+        log_learning_rate: Mean of ln lr0.
+        log_learning_rate_sd: Its standard deviation.
+    """
+
+    exponent: float
+    exponent_sd: float
+    log_critical: float
+    log_critical_sd: float
+    log_batch_size: float
+    log_learning_rate: float
+    log_learning_rate_sd: float
+
+
+def ridge(log_batch_size: Array, exponent: Array | float, log_critical: Array | float) -> Array:
+    """Ln lr* up to a constant: -a ln(1 + Bc/B), elementwise with broadcasting.
+
+    Args:
+        log_batch_size: ln B.
+        exponent: a.
+        log_critical: ln Bc.
+    """
+    scale: Array = np.logaddexp(0.0, log_critical - log_batch_size)
+    return -exponent * scale
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{name} is {value}; it must be positive and finite.")

@@ -1,0 +1,95 @@
+"""recommend on studies whose best setting is known."""
+
+from __future__ import annotations
+
+import math
+
+import optuna
+import pytest
+from optuna.samplers import RandomSampler
+
+from bs_optuna.errors import StudyError
+from bs_optuna.sampling import CoupledSampler
+from bs_optuna.sampling import recommend
+
+
+def best_learning_rate(batch_size: float) -> float:
+    return 3e-3 / (1.0 + 200.0 / batch_size)
+
+
+def objective(trial: optuna.Trial) -> float:
+    batch_size = trial.suggest_int("batch_size", 16, 4096, log=True)
+    lr = trial.suggest_float("lr", 1e-5, 1e-1, log=True)
+    off = math.log(lr / best_learning_rate(batch_size))
+    return 2.0 + 0.1 * off**2 + 0.02 * math.log(batch_size / 128) ** 2
+
+
+def study_of(sampler: optuna.samplers.BaseSampler, n_trials: int) -> optuna.Study:
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(objective, n_trials=n_trials)
+    return study
+
+
+def test_the_best_tried_setting_is_a_trial_of_the_study() -> None:
+    study = study_of(CoupledSampler(prior="adamw", seed=0), 20)
+    advice = recommend(study)
+    assert advice.trial_number is not None
+    assert study.trials[advice.trial_number].params == advice.params
+    assert study.trials[advice.trial_number].value == pytest.approx(study.best_value, abs=0.01)
+    assert advice.value_interval[0] <= advice.value <= advice.value_interval[1]
+    assert advice.probability_best is not None
+    assert 0.0 < advice.probability_best <= 1.0
+
+
+@pytest.mark.parametrize("batch_size", [64, 256, 1024])
+def test_learning_rate_of_a_batch_size_from_a_random_study(batch_size: int) -> None:
+    advice = recommend(study_of(RandomSampler(seed=1), 40), batch_size=batch_size)
+    truth = best_learning_rate(batch_size)
+    assert advice.batch_size == batch_size
+    assert advice.trial_number is None
+    assert truth / 1.5 < advice.learning_rate < truth * 1.5
+    assert advice.learning_rate_interval[0] < truth < advice.learning_rate_interval[1]
+
+
+def test_one_lucky_run_does_not_win() -> None:
+    study = optuna.create_study()
+    space = {
+        "batch_size": optuna.distributions.IntDistribution(16, 1024, log=True),
+        "lr": optuna.distributions.FloatDistribution(1e-5, 1e-1, log=True),
+    }
+    for i in range(9):
+        lr = 1e-5 * 10 ** (i / 2)
+        for batch_size in (32, 64, 128):
+            value = (math.log(lr) - math.log(1e-3)) ** 2
+            lucky = i == 7 and batch_size == 64
+            params = {"batch_size": batch_size, "lr": lr}
+            study.add_trial(
+                optuna.create_trial(
+                    params=params, distributions=space, value=-0.2 if lucky else value
+                )
+            )
+    assert study.best_params["lr"] > 1e-2
+    assert recommend(study).learning_rate == pytest.approx(1e-3)
+
+
+def test_too_few_trials() -> None:
+    with pytest.raises(StudyError, match=r"2 completed trials; .* takes 3\. Run more"):
+        recommend(study_of(RandomSampler(seed=0), 2))
+
+
+def test_missing_parameter() -> None:
+    study = optuna.create_study(sampler=RandomSampler(seed=0))
+    study.optimize(lambda t: t.suggest_float("lr", 1e-5, 1e-1, log=True), n_trials=4)
+    with pytest.raises(StudyError, match=r"no parameter 'batch_size'; it has lr\."):
+        recommend(study)
+
+
+def test_several_objectives() -> None:
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    with pytest.raises(StudyError, match="2 objectives"):
+        recommend(study)
+
+
+def test_batch_size_must_be_positive() -> None:
+    with pytest.raises(StudyError, match="batch_size is 0"):
+        recommend(study_of(RandomSampler(seed=0), 3), batch_size=0)
