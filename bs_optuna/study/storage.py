@@ -6,6 +6,7 @@ import json
 import random
 import time
 import warnings
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -126,7 +127,8 @@ def _open_database(
     while True:
         attempt += 1
         try:
-            return _build_storage(url, heartbeat_interval, has_tables, connect_args)
+            storage = _build_storage(url, heartbeat_interval, has_tables, connect_args)
+            break
         except RuntimeError as error:
             message = str(error).replace("$STORAGE_URL", _hide_password(url))
             raise StudyError(f"{_hide_password(url)} cannot be opened: {message}") from error
@@ -137,6 +139,9 @@ def _open_database(
                     "mend it, or name another with --storage"
                 ) from error
         time.sleep(random.uniform(0.0, 0.2 * attempt))
+    # A study cannot be closed: its connections are, when it is let go of.
+    weakref.finalize(storage, storage.engine.dispose)
+    return storage
 
 
 def _build_storage(
