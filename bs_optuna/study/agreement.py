@@ -37,9 +37,10 @@ def check_search_space(study: Study, search_space: Mapping[str, BaseDistribution
         for name, stored in trial.distributions.items():
             asked = search_space.get(name)
             if asked != stored:
+                wanted = f"not in {describe(asked)}" if asked else "which was not asked for"
                 raise StudyError(
                     f"Study {study.study_name!r} has {name!r} in {describe(stored)}, "
-                    f"not in {describe(asked)}; {remedy}"
+                    f"{wanted}; {remedy}"
                 )
     # A trial that was cut short may not have drawn all of its parameters; these have.
     finished = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
@@ -52,12 +53,10 @@ def check_search_space(study: Study, search_space: Mapping[str, BaseDistribution
             )
 
 
-def describe(distribution: BaseDistribution | None) -> str:
+def describe(distribution: BaseDistribution) -> str:
     """A search space in a few words: `1e-05:0.1 (float, log)`."""
-    if distribution is None:
-        return "no search space"
     if isinstance(distribution, CategoricalDistribution):
-        return f"{list(distribution.choices)}"
+        return str(list(distribution.choices))
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     words = ["float" if isinstance(distribution, FloatDistribution) else "int"]
     if distribution.log:

@@ -169,7 +169,10 @@ def _hide_password(url: sqlalchemy.URL) -> str:
     return url.render_as_string(hide_password=True)
 
 
-def _reason(error: Exception) -> str:
-    """First line of the driver's own message."""
-    cause = error.orig if isinstance(error, DBAPIError) else error.__cause__
-    return str(cause or error).strip().partition("\n")[0]
+def _reason(error: BaseException) -> str:
+    """First line of the driver's own message, which lies under SQLAlchemy's and Optuna's."""
+    if isinstance(error, StorageInternalError) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        error = error.orig
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,76 @@
+"""Ctrl-C in a real process: the trial is kept as interrupted, and its setting is run once more."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from bs_optuna.study import open_study
+from bs_optuna.study import requeue_interrupted
+
+
+WORKER = """
+from bs_optuna.study import open_study, requeue_interrupted
+
+def objective(trial):
+    trial.suggest_float("x", 0.0, 1.0)
+    print("training", flush=True)
+    sys.stdin.readline()
+
+study = open_study(storage=sys.argv[1], name="s")
+try:
+    study.optimize(requeue_interrupted(objective))
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_what_several_interrupted_workers_ran_is_run_once_more(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    workers = [start(WORKER, url) for _ in range(3)]
+    for worker in workers:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "training\n"
+    for worker in workers:
+        worker.send_signal(signal.SIGINT)
+    for worker in workers:
+        printed, errors = worker.communicate(timeout=120)
+        assert printed == "interrupted\n", errors
+    study = open_study(storage=url, name="s")
+    interrupted = {trial.params["x"] for trial in study.get_trials(states=[TrialState.FAIL])}
+    assert len(interrupted) == 3
+    study.optimize(lambda trial: trial.suggest_float("x", 0.0, 1.0), n_trials=4)
+    done = [trial.params["x"] for trial in study.get_trials(states=[TrialState.COMPLETE])]
+    assert set(done[:3]) == interrupted
+    assert done[3] not in interrupted
+
+
+def test_a_mistake_is_not_queued_again(tmp_path: Path) -> None:
+    study = open_study(storage=f"sqlite:///{tmp_path / 'study.db'}", name="s")
+
+    def mistaken(trial: optuna.Trial) -> float:
+        return 1.0 / int(trial.suggest_float("x", 0.0, 0.5))
+
+    with pytest.raises(ZeroDivisionError):
+        study.optimize(requeue_interrupted(mistaken), n_trials=1)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL]
+
+
+def test_an_interruption_before_the_first_parameter_queues_nothing(tmp_path: Path) -> None:
+    study = open_study(storage=f"sqlite:///{tmp_path / 'study.db'}", name="s")
+
+    def interrupted(_trial: optuna.Trial) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study.optimize(requeue_interrupted(interrupted), n_trials=1)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL]
