@@ -29,5 +29,5 @@ MICROBATCH_FAILS = "microbatch_fails"  # int, smallest microbatch that ran out o
 
 # Of a study.
 CONFIG = "config"  # dict, the StudyConfig that made it
-BUDGET = "budget"  # str, what every trial gets: "samples=4312"
+EXPERIMENT = "experiment"  # dict, what its trials must share: task, optimizer, budget
 RECOMMENDATION = "recommendation"  # dict, the summary's figures

@@ -85,7 +85,7 @@ class TrainingObjective:
         self._batch_size = batch_size
         self._learning_rate = learning_rate
         self._microbatch_size = microbatch_size
-        self._seed = seed
+        self.seed = seed
         self._limit = limit_memory(self.device, memory_limit)
         self._limit.warm_up(self._rehearse)
         with _private_random_state(self.device):
@@ -101,6 +101,13 @@ class TrainingObjective:
             "lr": FloatDistribution(*self._learning_rate, log=True),
         }
 
+    def suggest(self, trial: optuna.Trial) -> tuple[int, float]:
+        """The trial's batch size and learning rate; asking again gives the same."""
+        return (
+            trial.suggest_int("batch_size", *self._batch_size, log=True),
+            trial.suggest_float("lr", *self._learning_rate, log=True),
+        )
+
     def __call__(self, trial: optuna.Trial) -> float:
         """Trains with the trial's settings.
 
@@ -110,10 +117,9 @@ class TrainingObjective:
         Raises:
             optuna.TrialPruned: The trial is hopeless, diverged, or does not fit with one sample.
         """
-        batch_size = trial.suggest_int("batch_size", *self._batch_size, log=True)
-        learning_rate = trial.suggest_float("lr", *self._learning_rate, log=True)
+        batch_size, learning_rate = self.suggest(trial)
         known = self._known_bounds(trial.study)
-        run = self._run(batch_size, learning_rate, self._seed + trial.number, known)
+        run = self._run(batch_size, learning_rate, self.seed + trial.number, known)
         reason, value = None, None
         with _private_random_state(self.device):
             try:
@@ -229,7 +235,7 @@ class TrainingObjective:
             batch_size=min(REHEARSAL_SAMPLES, self.task.train_samples),
             learning_rate=self._learning_rate[0],
             budget=Budget("steps", 1),
-            seed=self._seed,
+            seed=self.seed,
             evaluations=1,
         )
         run = TrainingRun(

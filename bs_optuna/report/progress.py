@@ -1,0 +1,105 @@
+"""What a person sees while a study runs: a bar on a terminal, a line per trial elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Literal
+
+import optuna
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.progress import BarColumn
+from rich.progress import MofNCompleteColumn
+from rich.progress import Progress
+from rich.progress import TextColumn
+from rich.progress import TimeRemainingColumn
+
+from bs_optuna.sampling import attributes
+
+
+Verbosity = Literal["quiet", "normal", "verbose"]
+
+
+class TrialProgress:
+    """Shows the trial that runs, the best so far and the time left.
+
+    Args:
+        console: Where to show it.
+        total: Finished trials that the study shall have.
+        finished: Finished trials that it has.
+        verbosity: ``"quiet"`` shows nothing, ``"verbose"`` a line per trial beside the bar.
+    """
+
+    def __init__(
+        self, console: Console, *, total: int, finished: int, verbosity: Verbosity
+    ) -> None:
+        self._console = console
+        self._total = total
+        self._lines = verbosity == "verbose" or (verbosity == "normal" and not console.is_terminal)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[best]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=verbosity == "quiet" or not console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=total, completed=finished, best="")
+
+    def __enter__(self) -> TrialProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def started(self, trial: optuna.Trial) -> None:
+        """A trial has its settings."""
+        self._bar.update(self._task, description=f"trial {trial.number}: {_setting(trial.params)}")
+
+    def ended(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """A trial is over."""
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+            self._bar.advance(self._task)
+        best = _best(study)
+        self._bar.update(self._task, best=best)
+        if self._lines:
+            self._console.print(
+                f"trial {trial.number}: {_setting(trial.params)}, {_outcome(trial)}; {best}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _setting(params: dict[str, object]) -> str:
+    return f"batch {params.get('batch_size', '?')}, lr {params.get('lr', float('nan')):.2e}"
+
+
+def _outcome(trial: FrozenTrial) -> str:
+    seconds = trial.user_attrs.get(attributes.SECONDS, 0.0)
+    if trial.state == TrialState.COMPLETE:
+        return f"{trial.value:.4g} in {seconds:.1f} s"
+    reason = trial.user_attrs.get(attributes.PRUNE_REASON, "")
+    return f"{trial.state.name.lower()} after {seconds:.1f} s ({reason or 'no reason stored'})"
+
+
+def _best(study: optuna.Study) -> str:
+    complete = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if trial.value is not None
+    ]
+    if not complete:
+        return "no result yet"
+    pick = min if study.direction == StudyDirection.MINIMIZE else max
+    best = pick(complete, key=lambda trial: trial.value or 0.0)
+    return f"best {best.value:.4g} ({_setting(best.params)})"

@@ -1,0 +1,132 @@
+"""The summary of a study: what to use, how well it does, how sure that is, and what was compared."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+
+import optuna
+from optuna.trial import TrialState
+from rich.console import Group
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bs_optuna.sampling import attributes
+from bs_optuna.study.conclusion import Conclusion
+from bs_optuna.study.tuning import Tuning
+from bs_optuna.training.budget import Budget
+from bs_optuna.training.recipes import LONGEST_WARMUP
+
+
+# What a budget can and cannot tell (Godbole et al., Deep Learning Tuning Playbook).
+_CAVEATS = {
+    "samples": "equal samples favour small batches; for the fastest training compare seconds",
+    "steps": "equal steps favour large batches, which see more samples",
+    "seconds": "equal seconds on this machine; another one may prefer another batch size",
+}
+
+
+def summary(tuning: Tuning, conclusion: Conclusion | None) -> RenderableType:
+    """The summary, ready to be printed."""
+    parts: list[RenderableType] = []
+    if conclusion is None:
+        parts.append(Text("No trial was completed, so there is nothing to recommend.", "bold red"))
+    else:
+        parts.append(Text(f"\nRecommended for {tuning.task.name}", "bold"))
+        parts.append(_table(_setting_rows(tuning, conclusion) + _score_rows(tuning, conclusion)))
+    parts.append(Text("\nEvidence", "bold"))
+    parts.append(_table(_evidence_rows(tuning, conclusion)))
+    parts.append(Text("\nOpen the study"))
+    parts.append(Text(f"  optuna-dashboard {tuning.storage}", "bold cyan", no_wrap=True))
+    return Group(*parts)
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, value in rows:
+        table.add_row(f"  {name}", value)
+    return table
+
+
+def _setting_rows(tuning: Tuning, conclusion: Conclusion) -> list[tuple[str, str]]:
+    rate = f"{conclusion.learning_rate:.3g}"
+    if conclusion.evidence is not None:
+        low, high = conclusion.evidence.learning_rate_interval
+        rate += f"   (90 % of the evidence for the best one: {low:.2g} to {high:.2g})"
+    return [
+        ("batch size", str(conclusion.batch_size)),
+        ("learning rate", rate),
+        ("warmup", _warmup(tuning.objective.budget, conclusion.batch_size)),
+        ("microbatch size", str(conclusion.microbatch_size)),
+        ("accumulation steps", str(conclusion.accumulation_steps)),
+    ]
+
+
+def _warmup(budget: Budget, batch_size: int) -> str:
+    steps = budget.steps(batch_size)
+    part = f"first {LONGEST_WARMUP:.0%} of the run"
+    return (
+        part if steps is None else f"{round(LONGEST_WARMUP * steps)} of {steps} steps, the {part}"
+    )
+
+
+def _score_rows(tuning: Tuning, conclusion: Conclusion) -> list[tuple[str, str]]:
+    rows = [
+        (f"{title} {name}", _score(values))
+        for title, scores in (("validation", conclusion.valid), ("test", conclusion.test))
+        for name, values in scores.items()
+    ]
+    if conclusion.diverged:
+        rows.append(("warning", f"{conclusion.diverged} of the final runs diverged"))
+    if tuning.task.test_data is None:
+        rows.append(("test", "the task has no test data"))
+    return rows
+
+
+def _score(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.4g}"
+    if len(values) < 2:
+        return f"{mean}   (one run)"
+    return f"{mean} ± {statistics.stdev(values):.2g}   ({len(values)} runs with new seeds)"
+
+
+def _evidence_rows(tuning: Tuning, conclusion: Conclusion | None) -> list[tuple[str, str]]:
+    budget = tuning.objective.budget
+    rows = [("compared at", f"{budget}: {_CAVEATS[budget.unit]}")]
+    if conclusion is not None and conclusion.evidence is not None:
+        evidence = conclusion.evidence
+        low, high = evidence.value_interval
+        rows.append(
+            ("sure", f"{evidence.probability_best:.0%} that no other tried setting is better")
+        )
+        rows.append(
+            (
+                f"expected {tuning.task.objective}",
+                f"{evidence.value:.4g} ({low:.4g} to {high:.4g})",
+            )
+        )
+    elif conclusion is not None:
+        rows.append(("sure", "not at all: too few trials were completed; run more"))
+    rows.append(("trials", _counts(tuning.study)))
+    return rows
+
+
+def _counts(study: optuna.Study) -> str:
+    trials = study.get_trials(deepcopy=False)
+    states = Counter(trial.state for trial in trials)
+    reasons = Counter(
+        trial.user_attrs.get(attributes.PRUNE_REASON, "other").partition(":")[0]
+        for trial in trials
+        if trial.state == TrialState.PRUNED
+    )
+    pruned = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    backed_off = sum(trial.user_attrs.get(attributes.BACKOFFS, 0) > 0 for trial in trials)
+    return (
+        f"{states[TrialState.COMPLETE]} complete, {states[TrialState.PRUNED]} pruned"
+        + (f" ({pruned})" if pruned else "")
+        + f", {states[TrialState.FAIL]} failed, {backed_off} backed off to smaller microbatches"
+    )

@@ -1,0 +1,112 @@
+"""What a study comes to: the recommended setting, and how it does when trained anew."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from bs_optuna.errors import StudyError
+from bs_optuna.sampling import attributes
+from bs_optuna.sampling.recommend import Recommendation
+from bs_optuna.sampling.recommend import recommend
+from bs_optuna.study.tuning import Tuning
+from bs_optuna.training.loop import DivergedError
+
+
+# Added to the study's seed for the final runs, so that no trial has had theirs.
+FINAL_SEEDS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """The recommended setting and its scores.
+
+    Attributes:
+        batch_size: Samples per optimizer step.
+        learning_rate: Peak of the schedule.
+        microbatch_size: The one that the recommended trial ran with.
+        accumulation_steps: Microbatches per step at that size.
+        evidence: The posterior behind it; None if there were too few trials for one.
+        valid: Validation loss and metrics, by name, one value per final run that did not diverge.
+        test: Likewise on the test data.
+        diverged: Final runs that diverged.
+    """
+
+    batch_size: int
+    learning_rate: float
+    microbatch_size: int
+    accumulation_steps: int
+    evidence: Recommendation | None
+    valid: dict[str, list[float]]
+    test: dict[str, list[float]]
+    diverged: int
+
+
+def conclude(tuning: Tuning, *, final_runs: int) -> Conclusion | None:
+    """Recommends a setting of the study and trains it anew.
+
+    The test data is looked at here for the first time, and the scores are those of new seeds: the
+    value of the best trial is the luckiest of many, these are not.
+
+    Args:
+        tuning: A study with its objective.
+        final_runs: How often to train the recommended setting.
+
+    Returns:
+        None if no trial was completed.
+    """
+    trial, evidence = _recommended(tuning.study)
+    if trial is None:
+        return None
+    scores: dict[str, dict[str, list[float]]] = {"valid": {}, "test": {}}
+    diverged = 0
+    for k in range(final_runs):
+        try:
+            run = tuning.objective.confirm(
+                trial.params["batch_size"],
+                trial.params["lr"],
+                seed=tuning.objective.seed + FINAL_SEEDS + k,
+                study=tuning.study,
+            )
+        except DivergedError:
+            diverged += 1
+            continue
+        for part, values in run.items():
+            for name, value in values.items():
+                scores[part].setdefault(name, []).append(value)
+    conclusion = Conclusion(
+        batch_size=trial.params["batch_size"],
+        learning_rate=trial.params["lr"],
+        microbatch_size=trial.user_attrs[attributes.MICROBATCH_SIZE],
+        accumulation_steps=trial.user_attrs[attributes.ACCUMULATION_STEPS],
+        evidence=evidence,
+        valid=scores["valid"],
+        test=scores["test"],
+        diverged=diverged,
+    )
+    tuning.study.set_user_attr(attributes.RECOMMENDATION, _plain(asdict(conclusion)))
+    return conclusion
+
+
+def _recommended(
+    study: optuna.Study,
+) -> tuple[optuna.trial.FrozenTrial | None, Recommendation | None]:
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if not complete:
+        return None, None
+    try:
+        evidence = recommend(study)
+    except StudyError:  # too few trials for a posterior: the best one is all there is
+        return study.best_trial, None
+    return next(t for t in complete if t.number == evidence.trial_number), evidence
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,173 @@
+"""One tuning: a task and its settings become a study that runs, resumes and is concluded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import replace
+
+import optuna
+import torch
+from optuna.pruners import PercentilePruner
+from optuna.trial import TrialState
+
+from bs_optuna.config import StudyConfig
+from bs_optuna.errors import ConfigError
+from bs_optuna.errors import StudyError
+from bs_optuna.sampling import attributes
+from bs_optuna.sampling.feasibility import is_out_of_memory
+from bs_optuna.sampling.sampler import CoupledSampler
+from bs_optuna.study.interruption import requeue_interrupted
+from bs_optuna.study.opening import open_study
+from bs_optuna.training.budget import Budget
+from bs_optuna.training.objective import EVALUATIONS
+from bs_optuna.training.objective import TrainingObjective
+from bs_optuna.training.rungs import rungs
+from bs_optuna.training.task import TrainingTask
+
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+DEFAULT_PASSES = 4
+DEFAULT_LEARNING_RATES = {"sgd": (1e-4, 1.0)}
+DEFAULT_LEARNING_RATES_ELSE = (1e-5, 1e-1)
+# So many trials in a row that fit into memory with no microbatch: no other one will.
+HOPELESS_TRIALS = 3
+# Only trials in the worst quarter of those before them are stopped: a learning rate that wins in the
+# end is often behind at first, and a sampler that has found the best region sends all trials there.
+PRUNED_ABOVE_PERCENTILE = 75.0
+TRIALS_BEFORE_PRUNING = 5
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A study and the objective that it optimizes.
+
+    Attributes:
+        task: What is trained.
+        objective: Trains it with a trial's settings.
+        study: Holds the trials.
+        storage: The storage as the user would name it again.
+        trials: Finished trials that the study shall have after ``run``.
+    """
+
+    task: TrainingTask
+    objective: TrainingObjective
+    study: optuna.Study
+    storage: str
+    trials: int
+
+    @property
+    def finished(self) -> int:
+        """Trials that are complete or pruned."""
+        return len(self.study.get_trials(deepcopy=False, states=FINISHED))
+
+    def run(
+        self,
+        *,
+        timeout: float | None,
+        started: Callable[[optuna.Trial], None],
+        ended: Callable[[optuna.Study, optuna.trial.FrozenTrial], None],
+    ) -> None:
+        """Runs trials until the study has as many as it shall have.
+
+        Args:
+            timeout: No trial is started after so many seconds.
+            started: Called when a trial has its batch size and learning rate.
+            ended: Called after each trial.
+
+        Raises:
+            KeyboardInterrupt: A person stopped it; the trial that was running is queued again.
+        """
+
+        def observed(trial: optuna.Trial) -> float:
+            self.objective.suggest(trial)
+            started(trial)
+            return self.objective(trial)
+
+        self.study.optimize(
+            requeue_interrupted(observed),
+            n_trials=max(0, self.trials - self.finished),
+            timeout=timeout,
+            callbacks=[
+                ended,
+                optuna.study.MaxTrialsCallback(self.trials, states=FINISHED),
+                _stop_if_nothing_fits,
+            ],
+        )
+
+
+def prepare(config: StudyConfig, task: TrainingTask) -> Tuning:
+    """Checks everything that can be wrong and opens the study; trains nothing.
+
+    Raises:
+        ConfigError: A device that is not there, or a limit that cannot be enforced.
+        TaskError: The training data holds fewer samples than the largest batch size.
+        StudyError: The storage cannot be used, or the study holds another experiment.
+    """
+    if config.optimizer is not None:
+        task = replace(task, optimizer=config.optimizer)
+    optimizer = task.optimizer if isinstance(task.optimizer, str) else "unknown"
+    rates = config.lr or DEFAULT_LEARNING_RATES.get(optimizer, DEFAULT_LEARNING_RATES_ELSE)
+    budget = Budget.parse(config.budget or f"samples={DEFAULT_PASSES * task.train_samples}")
+    objective = TrainingObjective(
+        task,
+        budget=budget,
+        batch_size=config.batch_size,
+        learning_rate=rates,
+        microbatch_size=config.microbatch_size,
+        memory_limit=config.memory_limit,
+        device=_device(config.device),
+        seed=config.seed,
+    )
+    name = config.study or task.name
+    storage = config.storage or f"sqlite:///studies/{name}.db"
+    low = rungs(budget, batch_size=config.batch_size[0], count=EVALUATIONS)
+    study = open_study(
+        storage=storage,
+        name=name,
+        direction=task.direction,
+        search_space=objective.search_space,
+        sampler=CoupledSampler(prior=optimizer, reference=config.reference, seed=config.seed),
+        pruner=PercentilePruner(
+            PRUNED_ABOVE_PERCENTILE,
+            n_startup_trials=TRIALS_BEFORE_PRUNING,
+            n_warmup_steps=low[min(1, len(low) - 1)].resource or 0,
+        ),
+    )
+    _check_experiment(study, {"task": config.task, "optimizer": optimizer, "budget": str(budget)})
+    study.set_user_attr(attributes.CONFIG, config.model_dump(mode="json"))
+    finished = len(study.get_trials(deepcopy=False, states=FINISHED))
+    target = config.trials if finished < config.trials else finished + config.trials
+    return Tuning(task, objective, study, storage, target)
+
+
+def _device(name: str) -> torch.device | None:
+    if name == "auto":
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device={name}; it cannot be used: {reason} Try device=auto.") from None
+    return device
+
+
+def _check_experiment(study: optuna.Study, experiment: dict[str, str]) -> None:
+    """Refuses to mix trials whose values cannot be compared."""
+    stored = study.user_attrs.get(attributes.EXPERIMENT)
+    if stored is None:
+        study.set_user_attr(attributes.EXPERIMENT, experiment)
+        return
+    for key, value in experiment.items():
+        if stored.get(key) != value:
+            raise StudyError(
+                f"Study {study.study_name!r} was made with {key}={stored.get(key)}, now {value}; "
+                "values would not compare. Use another study name (--study)."
+            )
+
+
+def _stop_if_nothing_fits(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    last = study.get_trials(deepcopy=False, states=FINISHED)[-HOPELESS_TRIALS:]
+    if len(last) == HOPELESS_TRIALS and all(map(is_out_of_memory, last)):
+        study.stop()

@@ -1,0 +1,84 @@
+"""Finding a task: built-in by name, in a file, or in a module."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bs_optuna.errors import TaskError
+from bs_optuna.tasks import digits
+from bs_optuna.tasks import text
+from bs_optuna.training.task import TrainingTask
+
+
+BUILT_IN: dict[str, Callable[[], TrainingTask]] = {"digits": digits.task, "text": text.task}
+DEFAULT_FUNCTION = "task"
+
+
+def load_task(spec: str) -> TrainingTask:
+    """The task that a name, ``FILE.py``, ``FILE.py:FUNCTION`` or ``MODULE:FUNCTION`` stands for.
+
+    Raises:
+        TaskError: There is no such task, file, module or function, or what it gives is no task.
+    """
+    if spec in BUILT_IN:
+        return BUILT_IN[spec]()
+    source, _, function = spec.partition(":")
+    if source.endswith(".py"):
+        module = _module_from_file(spec, Path(source))
+    elif function:
+        module = _module_by_name(spec, source)
+    else:
+        raise TaskError(
+            f"task={spec!r}; must be built-in ({', '.join(BUILT_IN)}), a file (my_task.py) or a "
+            "function in a module (package.module:function)."
+        )
+    return _call(spec, module, function or DEFAULT_FUNCTION)
+
+
+def _module_from_file(spec: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        raise TaskError(f"task={spec!r}; there is no file {path}. Check the path.")
+    name = f"bs_optuna_task_{path.stem}"
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None  # a .py file has a loader
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    # Like a script: it may import its neighbours, and its classes can be pickled.
+    sys.path.insert(0, str(path.parent.resolve()))
+    sys.modules[name] = module
+    found.loader.exec_module(module)
+    return module
+
+
+def _module_by_name(spec: str, name: str) -> ModuleType:
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and misses something itself
+        raise TaskError(
+            f"task={spec!r}; there is no module {error.name!r}. Run from the folder that holds "
+            "it, or name a file (my_task.py)."
+        ) from None
+
+
+def _call(spec: str, module: ModuleType, name: str) -> TrainingTask:
+    function: Any = getattr(module, name, None)
+    if function is None:
+        raise TaskError(
+            f"task={spec!r}; {module.__name__.removeprefix('bs_optuna_task_')} has no {name!r}. "
+            f"Define 'def {name}() -> TrainingTask' there."
+        )
+    task = function() if callable(function) else function
+    if not isinstance(task, TrainingTask):
+        raise TaskError(
+            f"task={spec!r}; {name} gave a {type(task).__name__}; must give a TrainingTask."
+        )
+    return task

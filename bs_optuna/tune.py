@@ -1,0 +1,165 @@
+"""``python -m bs_optuna.tune``: find batch size and learning rate of a task, in a study to open."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import NoReturn
+
+from bs_optuna.config import StudyConfig
+from bs_optuna.config import make_config
+from bs_optuna.errors import ConfigError
+from bs_optuna.errors import UserError
+from bs_optuna.training.limit_environment import LIMIT_ENVIRONMENT
+from bs_optuna.training.limit_environment import is_prepared
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bs_optuna.report.progress import Verbosity
+    from bs_optuna.study.tuning import Tuning
+
+PROGRAM = "python -m bs_optuna.tune"
+EXIT_NOTHING_FOUND = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # as a shell has it for Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        0; 1 if no trial could be completed; 2 after a mistake of the user; 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _tune(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _tune(arguments: list[str]) -> int:
+    options = vars(_parser().parse_args(arguments))
+    verbosity: Verbosity = options.pop("verbosity")
+    show_config = options.pop("show_config")
+    target = options.pop("target", None)
+    path = Path(target) if target is not None and target.endswith(".toml") else None
+    if target is not None and path is None:
+        options.setdefault("task", target)
+    config = make_config(path, options)
+    if show_config:
+        print(config.as_toml())
+        return 0
+    _prepare_process(config, arguments)
+    return _run(config, arguments, verbosity)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Find batch size and learning rate of a task together. Without arguments: a "
+        "small convolutional network on handwritten digits.",
+        epilog="Every setting may also stand in a TOML file, under its name with underscores. "
+        "The same command again goes on with the study.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "target", nargs="?", help="STUDY.toml, or a task: digits, text, FILE.py or MODULE:NAME"
+    )
+    settings = parser.add_argument_group("settings")
+    for name, setting in StudyConfig.model_fields.items():
+        text = (setting.description or "").replace("%", "%%")
+        if setting.default is not None and "default" not in text:
+            default = setting.default
+            shown = ":".join(map(str, default)) if isinstance(default, tuple) else default
+            text += f" (default: {shown})"
+        flag = "--" + name.replace("_", "-")
+        settings.add_argument(flag, dest=name, metavar=name.split("_")[-1].upper(), help=text)
+    parser.add_argument(
+        "--show-config", action="store_true", default=False, help="print the settings and stop"
+    )
+    loudness = parser.add_mutually_exclusive_group()
+    for word, text in (("quiet", "no progress"), ("verbose", "a line per trial")):
+        loudness.add_argument(
+            f"--{word}",
+            dest="verbosity",
+            action="store_const",
+            const=word,
+            default="normal",
+            help=text,
+        )
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {PROGRAM} --help.")
+
+
+def _prepare_process(config: StudyConfig, arguments: list[str]) -> None:
+    """Starts this program anew if its allocator must be set up before PyTorch is loaded."""
+    on_cpu = config.device in ("auto", "cpu") and sys.platform == "linux"
+    if config.memory_limit is not None and on_cpu and not is_prepared():
+        command = [sys.executable, "-m", "bs_optuna.tune", *arguments]
+        os.execve(sys.executable, command, {**os.environ, **LIMIT_ENVIRONMENT})
+
+
+def _run(config: StudyConfig, arguments: list[str], verbosity: Verbosity) -> int:
+    # From here on with PyTorch and Optuna, whose import takes longer than all of the above.
+    import optuna
+    import torch
+    from rich.console import Console
+
+    from bs_optuna.report.summary import summary
+    from bs_optuna.study.conclusion import conclude
+    from bs_optuna.study.tuning import prepare
+    from bs_optuna.tasks.loading import load_task
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Numbers too small to matter slow a CPU down tenfold when a network has learned its data.
+    torch.set_flush_denormal(True)
+    console = Console()
+    tuning = prepare(config, load_task(config.task))
+    try:
+        _search(tuning, config, console, verbosity)
+        with console.status("training the recommended setting anew"):
+            conclusion = conclude(tuning, final_runs=config.final_runs)
+    except KeyboardInterrupt:
+        again = shlex.join(["python", "-m", "bs_optuna.tune", *arguments])
+        console.print(
+            f"\nInterrupted. {tuning.finished} finished trials are kept in {tuning.storage}; "
+            f"go on with:\n  {again}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return EXIT_INTERRUPTED
+    console.print(summary(tuning, conclusion), soft_wrap=not console.is_terminal)
+    return 0 if conclusion is not None else EXIT_NOTHING_FOUND
+
+
+def _search(tuning: Tuning, config: StudyConfig, console: Console, verbosity: Verbosity) -> None:
+    from bs_optuna.report.progress import TrialProgress
+
+    if verbosity != "quiet":
+        done = f", {tuning.finished} of {tuning.trials} trials are done" if tuning.finished else ""
+        console.print(
+            f"Study {tuning.study.study_name} in {tuning.storage}{done}; every trial gets "
+            f"{tuning.objective.budget} on {tuning.objective.device}.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    with TrialProgress(
+        console, total=tuning.trials, finished=tuning.finished, verbosity=verbosity
+    ) as progress:
+        tuning.run(timeout=config.timeout, started=progress.started, ended=progress.ended)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
