@@ -62,7 +62,8 @@ def _reference(value: object) -> object:
     if value is None:
         return None
     try:
-        batch_size, learning_rate = value.split(":") if isinstance(value, str) else value  # type: ignore[misc]
+        ends: Any = value.split(":") if isinstance(value, str) else value
+        batch_size, learning_rate = ends
         found = int(batch_size), float(learning_rate)
     except (TypeError, ValueError):
         found = (0, 0.0)
@@ -129,7 +130,7 @@ class StudyConfig(BaseModel):
     budget: Annotated[str | None, BeforeValidator(_budget)] = Field(
         None,
         description="what every trial gets: samples=N, steps=N or seconds=N (default: the "
-        "samples of 4 passes over the training data)",
+        "samples of 8 passes over the training data)",
     )
     microbatch_size: Annotated[int | None, BeforeValidator(_microbatch)] = Field(
         None, ge=1, description="largest microbatch (default: auto, whatever fits)"

@@ -1,4 +1,4 @@
-"""The summary of a study: what to use, how well it does, how sure that is, and what was compared."""
+"""The summary of a study: what to use, how well it does, how sure that is, what was compared."""
 
 from __future__ import annotations
 

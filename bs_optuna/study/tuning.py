@@ -27,13 +27,13 @@ from bs_optuna.training.task import TrainingTask
 
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-DEFAULT_PASSES = 4
+DEFAULT_PASSES = 8
 DEFAULT_LEARNING_RATES = {"sgd": (1e-4, 1.0)}
 DEFAULT_LEARNING_RATES_ELSE = (1e-5, 1e-1)
 # So many trials in a row that fit into memory with no microbatch: no other one will.
 HOPELESS_TRIALS = 3
-# Only trials in the worst quarter of those before them are stopped: a learning rate that wins in the
-# end is often behind at first, and a sampler that has found the best region sends all trials there.
+# Only trials in the worst quarter of those before them are stopped: a learning rate that wins in
+# the end is often behind at first, and a sampler that has found the best region sends all there.
 PRUNED_ABOVE_PERCENTILE = 75.0
 TRIALS_BEFORE_PRUNING = 5
 

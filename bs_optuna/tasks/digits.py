@@ -10,12 +10,12 @@ from torch import nn
 from bs_optuna.training.task import TrainingTask
 
 
-TEST_FRACTION = 0.2
-VALID_FRACTION = 0.2
+TEST_FRACTION = 0.15
+VALID_FRACTION = 0.15
 
 
 def task() -> TrainingTask:
-    """1,077 images to train on, 360 to compare trials on, 360 for the final test."""
+    """1,257 images to train on, 270 to compare trials on, 270 for the final test."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16.0
     labels = torch.tensor(digits.target)
@@ -41,17 +41,21 @@ def task() -> TrainingTask:
 
 
 def build_model() -> nn.Module:
-    """Two convolutions and a classifier; (N, 1, 8, 8) images to (N, 10) logits; 76,234 weights."""
+    """Two convolutions and a classifier; (N, 1, 8, 8) images to (N, 10) logits; 29,258 weights.
+
+    Group normalization, because batch normalization would make another function of every
+    microbatch size.
+    """
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1),
+        nn.GroupNorm(8, 32),
         nn.ReLU(),
         nn.Conv2d(32, 64, 3, padding=1),
+        nn.GroupNorm(8, 64),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(64 * 4 * 4, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
+        nn.Linear(64 * 4 * 4, 10),
     )
 
 

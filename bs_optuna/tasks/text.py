@@ -64,7 +64,7 @@ class CharacterTransformer(nn.Module):
         length = codes.shape[1]
         positions = torch.arange(length, device=codes.device)
         x = self.characters(codes) + self.positions(positions)
-        mask: torch.Tensor = self.mask[:length, :length]  # type: ignore[index,assignment]
+        mask: torch.Tensor = self.mask[:length, :length]  # type: ignore[index]
         logits: torch.Tensor = self.head(self.layers(x, mask=mask, is_causal=True))
         return logits
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from typing import Literal
 
@@ -79,7 +80,7 @@ class AccumulatedBackward:
             buffers are looked after too if it is a module.
         microbatch_size: ``"auto"`` starts with the whole batch; a number starts there. It only
             shrinks, and the next call starts where the last one ended.
-        reduction: ``"mean"`` if the loss is a mean over samples or tokens, ``"sum"`` if it is a sum.
+        reduction: ``"mean"`` if the loss is a mean over samples or tokens, or ``"sum"``.
         count: With ``reduction="mean"``: what the mean of a microbatch is taken over, as
             ``count(inputs, targets)``, if that is not its samples; for instance the target tokens
             that are not padding.
@@ -167,7 +168,7 @@ class AccumulatedBackward:
             _logger.info("out of memory at %d samples; now %d", tried[-1], self._limit)
 
     def _attempt(self, plan: AccumulationPlan, batch: Batch) -> torch.Tensor | OutOfMemory:
-        """The loss of the batch, or what went out of memory; then nothing is left of the attempt."""
+        """The loss of the batch, or what ran out; then nothing is left of the attempt."""
         before = None
         try:
             before = StepSnapshot(self._modules, batch, self._buffer_copies)
@@ -200,7 +201,7 @@ class AccumulatedBackward:
         return total
 
     def _parts(self, plan: AccumulationPlan, batch: Batch) -> list[tuple[float, Batch]]:
-        """Microbatches (views, not copies) with their weights; those without a target are left out."""
+        """Microbatches (views, not copies) and their weights; none without a target."""
         if plan.accumulation_steps == 1:
             microbatches = [batch]
         else:
@@ -222,9 +223,7 @@ class AccumulatedBackward:
         inputs, targets = part if self._device is None else moved(part, self._device)
         if self._autocast_dtype is None:
             return self._loss_fn(call_model(self._model, inputs), targets)
-        with torch.autocast(
-            next(self._model.parameters()).device.type, dtype=self._autocast_dtype
-        ):
+        with torch.autocast(next(self._model.parameters()).device.type, dtype=self._autocast_dtype):
             return self._loss_fn(call_model(self._model, inputs), targets)
 
 
@@ -244,8 +243,13 @@ def take(batch: Any, samples: slice | torch.Tensor) -> Any:
 
 def moved(batch: Batch, device: torch.device) -> Batch:
     """The batch with every tensor on the device."""
-    tree: Batch = optree.tree_map(lambda leaf: leaf.to(device, non_blocking=True), batch)
-    return tree
+    inputs, targets = batch
+    move = partial(_to, device)
+    return optree.tree_map(move, inputs), optree.tree_map(move, targets)
+
+
+def _to(device: torch.device, leaf: torch.Tensor) -> torch.Tensor:
+    return leaf.to(device, non_blocking=True)
 
 
 def batch_length(batch: Any) -> int:

@@ -58,7 +58,7 @@ def training_batches(data: Data, *, batch_size: int, seed: int) -> Iterator[tupl
             yield take(data, batch)
     else:
         sampler = (batch.tolist() for batch in indices)
-        for items in DataLoader(data, batch_sampler=sampler):  # type: ignore[arg-type]
+        for items in DataLoader(data, batch_sampler=sampler):
             yield _pair(items)
 
 

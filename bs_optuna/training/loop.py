@@ -131,11 +131,14 @@ class TrainingRun:
         batches = training_batches(
             self._task.train_data, batch_size=settings.batch_size, seed=settings.seed
         )
-        for rung in rungs(
+        points = rungs(
             settings.budget, batch_size=settings.batch_size, count=settings.evaluations
-        ):
+        )
+        for k, rung in enumerate(points):
             while self._progress() < rung.progress:
                 self._step(*next(batches))
+            if k + 1 < len(points) and self._progress() >= points[k + 1].progress:
+                continue  # one large step has passed several rungs: the last of them counts
             values = self.evaluate(self._task.valid_data)
             self.seconds = time.perf_counter() - begin
             if not all(math.isfinite(value) for value in values.values()):

@@ -23,13 +23,12 @@ def memory_key(task: TrainingTask, *, device: torch.device, limit_bytes: int | N
         limit_bytes: The limit on memory, if there is one.
     """
     model = task.model()
+    inputs, targets = first_samples(task.train_data, 1)
+    leaves: list[torch.Tensor] = [*optree.tree_leaves(inputs), *optree.tree_leaves(targets)]
     parts = (
         type(model).__name__,
         [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()],
-        [
-            (tuple(leaf.shape), str(leaf.dtype))
-            for leaf in optree.tree_leaves(first_samples(task.train_data, 1))
-        ],
+        [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves],
         task.optimizer if isinstance(task.optimizer, str) else task.optimizer.__qualname__,
         _device_name(device),
         limit_bytes,

@@ -33,14 +33,17 @@ def rungs(budget: Budget, *, batch_size: int, count: int) -> list[Rung]:
     if budget.unit == "steps":
         return _geometric(steps=budget.steps(1) or 1, batch_size=batch_size, count=count)
     scale = 1000 if budget.unit == "seconds" else 1
-    return [
+    parts = (
         Rung(k / count, max(1, round(budget.amount * scale * k / count)))
         for k in range(1, count + 1)
-    ]
+    )
+    return list({rung.resource: rung for rung in parts}.values())  # a tiny budget has fewer
 
 
 def _geometric(*, steps: int, batch_size: int, count: int) -> list[Rung]:
     highest = int(math.log2(batch_size))
     sizes = [2**j for j in range(max(0, highest - count + 1), highest + 1)]
     found = [Rung(size / batch_size, size * steps) for size in sizes]
-    return found if found[-1].progress == 1 else [*found[-(count - 1) :], Rung(1.0, None)]
+    if found[-1].progress == 1:
+        return found
+    return [*found[max(0, len(found) + 1 - count) :], Rung(1.0, None)]

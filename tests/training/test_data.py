@@ -1,0 +1,95 @@
+"""The stream of batches leaves nothing out, and tasks refuse what they cannot use."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import Dataset
+from torch.utils.data import TensorDataset
+
+from bs_optuna.errors import TaskError
+from bs_optuna.training import TrainingTask
+from bs_optuna.training.data import evaluation_batches
+from bs_optuna.training.data import training_batches
+
+
+class Squares(Dataset[Any]):
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.tensor([float(index)]), index
+
+
+def pair(samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.arange(samples).float().unsqueeze(1), torch.arange(samples)
+
+
+@settings(deadline=None, max_examples=50)
+@given(samples=st.integers(1, 50), batch_size=st.integers(1, 50), seed=st.integers(0, 3))
+def test_every_pass_holds_every_sample_once(samples: int, batch_size: int, seed: int) -> None:
+    batches = training_batches(pair(samples), batch_size=batch_size, seed=seed)
+    count = -(-3 * samples // batch_size)
+    stream = torch.cat([targets for _, targets in islice(batches, count)])
+    for k in range(3):
+        one_pass = stream[k * samples : (k + 1) * samples]
+        assert sorted(one_pass.tolist()) == list(range(samples))
+
+
+@settings(deadline=None, max_examples=20)
+@given(samples=st.integers(1, 30), batch_size=st.integers(1, 30))
+def test_a_data_set_gives_the_same_batches_as_its_tensors(samples: int, batch_size: int) -> None:
+    for a, b in zip(
+        islice(training_batches(pair(samples), batch_size=batch_size, seed=0), 4),
+        islice(training_batches(Squares(samples), batch_size=batch_size, seed=0), 4),
+        strict=True,
+    ):
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
+    found = [targets for _, targets in evaluation_batches(Squares(samples), batch_size=batch_size)]
+    assert torch.cat(found).tolist() == list(range(samples))
+
+
+def make_task(**changes: Any) -> TrainingTask:
+    arguments: dict[str, Any] = {
+        "model": lambda: nn.Linear(1, 1),
+        "train_data": pair(8),
+        "valid_data": TensorDataset(*pair(4)),
+        "loss": nn.functional.mse_loss,
+    }
+    return TrainingTask(**{**arguments, **changes})
+
+
+def test_a_tensor_data_set_is_taken_as_its_tensors() -> None:
+    assert isinstance(make_task().valid_data, tuple)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_data": [1, 2, 3]}, "train_data is a list; must be a pair"),
+        ({"valid_data": (torch.zeros(2), torch.zeros(3))}, r"valid_data: .*\[2, 3\] samples"),
+        ({"test_data": iter(())}, "test_data is a tuple_iterator"),
+        ({"optimizer": "adam"}, "optimizer='adam'; must be one of adamw, sgd"),
+        ({"objective": "accuracy"}, "objective='accuracy'; must be one of loss"),
+        ({"direction": "up"}, "direction='up'; must be 'minimize' or 'maximize'"),
+    ],
+)
+def test_a_task_refuses_what_it_cannot_use(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        make_task(**changes)
+
+
+def test_a_data_set_of_something_else_than_pairs_is_refused() -> None:
+    with pytest.raises(TaskError, match="must yield pairs"):
+        next(evaluation_batches(TensorDataset(torch.zeros(4, 1)), batch_size=2))

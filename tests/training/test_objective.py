@@ -1,0 +1,271 @@
+"""Trials train within their budget, end as what they are, and store what really ran."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+from torch import nn
+
+from bs_optuna.errors import ConfigError
+from bs_optuna.errors import TaskError
+from bs_optuna.sampling import attributes
+from bs_optuna.training import Budget
+from bs_optuna.training import TrainingObjective
+from bs_optuna.training import TrainingTask
+
+
+SAMPLES = 128
+
+
+class Limited(nn.Module):
+    """A linear model whose device holds no more than ``fits`` samples at a time in training."""
+
+    seen: list[int]
+
+    def __init__(self, fits: int) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+        self.fits = fits
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(len(x))
+        if len(x) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        outputs: torch.Tensor = self.net(x)
+        return outputs
+
+
+def make_task(*, fits: int = 10**9, **changes: Any) -> TrainingTask:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SAMPLES, 4, generator=generator)
+    y = x[:, :3].argmax(dim=1)
+    Limited.seen = []
+    arguments: dict[str, Any] = {
+        "model": lambda: Limited(fits),
+        "train_data": (x, y),
+        "valid_data": (x[:32], y[:32]),
+        "test_data": (x[32:64], y[32:64]),
+        "loss": nn.functional.cross_entropy,
+        "metrics": {"accuracy": lambda o, t: (o.argmax(-1) == t).float().mean()},
+        "optimizer": "sgd",
+    }
+    return TrainingTask(**{**arguments, **changes})
+
+
+def make_objective(task: TrainingTask, **changes: Any) -> TrainingObjective:
+    arguments: dict[str, Any] = {
+        "budget": Budget("samples", 512),
+        "batch_size": (8, 64),
+        "learning_rate": (1e-3, 1e1),
+        "device": torch.device("cpu"),
+    }
+    return TrainingObjective(task, **{**arguments, **changes})
+
+
+def run_trial(objective: TrainingObjective, study: optuna.Study, **params: float) -> Any:
+    study.enqueue_trial(params)
+    study.optimize(objective, n_trials=1)
+    return study.get_trials()[-1]
+
+
+@pytest.fixture
+def study() -> optuna.Study:
+    return optuna.create_study(
+        storage="sqlite:///:memory:", sampler=optuna.samplers.RandomSampler(seed=0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"), [("samples=512", 16), ("steps=20", 20), ("samples=1", 1)]
+)
+def test_what_ran_is_stored(study: optuna.Study, budget: str, steps: int) -> None:
+    objective = make_objective(make_task(), budget=Budget.parse(budget))
+    trial = run_trial(objective, study, batch_size=32, lr=0.5)
+    assert trial.state == TrialState.COMPLETE
+    stored = trial.user_attrs
+    assert stored[attributes.STEPS] == steps
+    assert stored[attributes.SAMPLES] == 32 * steps
+    assert stored[attributes.EFFECTIVE_BATCH_SIZE] == 32
+    assert stored[attributes.MICROBATCH_SIZE] == 32
+    assert stored[attributes.ACCUMULATION_STEPS] == 1
+    assert stored[attributes.BACKOFFS] == 0
+    assert stored[attributes.LEARNING_RATE] == 0.5
+    assert stored[attributes.DEVICE] == "cpu"
+    assert stored[attributes.SECONDS] > 0
+    assert trial.value == stored[f"{attributes.VALID_PREFIX}loss"]
+    assert 0 <= stored[f"{attributes.VALID_PREFIX}accuracy"] <= 1
+
+
+def test_seconds_are_a_budget_too(study: optuna.Study) -> None:
+    objective = make_objective(make_task(), budget=Budget("seconds", 0.05))
+    trial = run_trial(objective, study, batch_size=32, lr=0.5)
+    assert trial.user_attrs[attributes.SECONDS] >= 0.05
+    assert list(trial.intermediate_values) == [10, 20, 30, 40, 50]
+
+
+def test_trials_of_every_batch_size_are_reported_at_the_same_samples(study: optuna.Study) -> None:
+    objective = make_objective(make_task())
+    reports = [
+        list(run_trial(objective, study, batch_size=b, lr=0.1).intermediate_values)
+        for b in (8, 48, 64)
+    ]
+    assert reports == [[102, 205, 307, 410, 512]] * 3
+
+
+def test_the_same_trial_gives_the_same_value_and_leaves_the_random_state(
+    study: optuna.Study,
+) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    objective = make_objective(make_task(), seed=5)
+    first = run_trial(objective, study, batch_size=16, lr=0.1)
+    assert torch.equal(torch.get_rng_state(), before)
+    again = run_trial(make_objective(make_task(), seed=4), study, batch_size=16, lr=0.1)
+    assert first.value == again.value  # trial 0 with seed 5, trial 1 with seed 4
+
+
+def test_microbatches_change_neither_value_nor_batch(study: optuna.Study) -> None:
+    whole = run_trial(make_objective(make_task(), seed=1), study, batch_size=64, lr=0.5)
+    short = run_trial(make_objective(make_task(fits=8)), study, batch_size=64, lr=0.5)
+    assert short.state == TrialState.COMPLETE
+    assert short.value == pytest.approx(whole.value, rel=1e-5)
+    stored = short.user_attrs
+    assert stored[attributes.EFFECTIVE_BATCH_SIZE] == 64
+    assert stored[attributes.MICROBATCH_SIZE] == 8
+    assert stored[attributes.ACCUMULATION_STEPS] == 8
+    assert stored[attributes.BACKOFFS] == 3
+    assert (stored[attributes.MICROBATCH_FITS], stored[attributes.MICROBATCH_FAILS]) == (8, 16)
+    assert stored[attributes.STEPS] == whole.user_attrs[attributes.STEPS]
+
+
+def test_a_trial_starts_where_the_last_one_ended(study: optuna.Study) -> None:
+    task = make_task(fits=8)
+    objective = make_objective(task)
+    run_trial(objective, study, batch_size=64, lr=0.5)
+    Limited.seen.clear()
+    second = run_trial(make_objective(task), study, batch_size=48, lr=0.5)
+    assert second.user_attrs[attributes.BACKOFFS] == 0
+    assert Limited.seen[0] == 8
+
+
+def test_another_model_does_not_inherit_the_microbatch(study: optuna.Study) -> None:
+    run_trial(make_objective(make_task(fits=8)), study, batch_size=64, lr=0.5)
+    wide = make_task(model=lambda: nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 3)))
+    other = run_trial(make_objective(wide), study, batch_size=64, lr=0.5)
+    assert other.user_attrs[attributes.MICROBATCH_SIZE] == 64
+
+
+def test_a_sample_that_does_not_fit_prunes_with_its_reason(study: optuna.Study) -> None:
+    task = make_task(fits=0)
+    trial = run_trial(make_objective(task), study, batch_size=64, lr=0.5)
+    assert trial.state == TrialState.PRUNED
+    assert trial.user_attrs[attributes.PRUNE_REASON].startswith("memory: Out of memory")
+    assert trial.user_attrs[attributes.MICROBATCH_FAILS] == 1
+    Limited.seen.clear()
+    again = run_trial(make_objective(task), study, batch_size=16, lr=0.5)
+    assert again.user_attrs[attributes.PRUNE_REASON].startswith("memory: a single sample")
+    assert not Limited.seen
+
+
+def test_a_model_that_does_not_fit_prunes_too(study: optuna.Study) -> None:
+    task = make_task()
+    objective = make_objective(task)
+
+    def too_large() -> nn.Module:
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory: you tried to allocate 419430400 bytes. Error code 12 (Cannot allocate memory)"
+        )
+
+    object.__setattr__(task, "model", too_large)
+    trial = run_trial(objective, study, batch_size=64, lr=0.5)
+    assert trial.state == TrialState.PRUNED
+    assert trial.user_attrs[attributes.PRUNE_REASON].startswith("memory: ")
+
+
+class _FullSGD(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+
+def test_an_optimizer_without_room_prunes(study: optuna.Study) -> None:
+    task = make_task(optimizer=lambda parameters, rate: _FullSGD(parameters, lr=rate))
+    trial = run_trial(make_objective(task), study, batch_size=64, lr=0.5)
+    assert trial.state == TrialState.PRUNED
+    assert "optimizer.step" in trial.user_attrs[attributes.PRUNE_REASON]
+    assert attributes.MICROBATCH_FAILS not in trial.user_attrs
+
+
+def test_a_diverged_trial_prunes_with_its_reason(study: optuna.Study) -> None:
+    task = make_task(loss=lambda o, t: nn.functional.cross_entropy(o, t) * math.inf)
+    trial = run_trial(make_objective(task), study, batch_size=8, lr=1.0)
+    assert trial.state == TrialState.PRUNED
+    assert trial.user_attrs[attributes.PRUNE_REASON] == (
+        "diverged: training loss inf after 8 samples"
+    )
+
+
+def test_a_hopeless_trial_prunes_with_its_reason() -> None:
+    study = optuna.create_study(pruner=optuna.pruners.MedianPruner(n_startup_trials=2))
+    objective = make_objective(make_task())
+    for _ in range(2):
+        run_trial(objective, study, batch_size=8, lr=1.0)
+    trial = run_trial(objective, study, batch_size=64, lr=1e-3)
+    assert trial.state == TrialState.PRUNED
+    assert trial.user_attrs[attributes.PRUNE_REASON].startswith("hopeless: loss")
+    assert trial.user_attrs[attributes.SAMPLES] < 512
+
+
+def test_an_error_of_the_users_own_fails_the_trial(study: optuna.Study) -> None:
+    task = make_task(loss=lambda o, t: nn.functional.cross_entropy(o.T, t))
+    with pytest.raises(ValueError, match="batch_size"):
+        run_trial(make_objective(task), study, batch_size=8, lr=1.0)
+    assert study.get_trials()[-1].state == TrialState.FAIL
+
+
+def test_a_metric_can_be_what_is_maximized() -> None:
+    study = optuna.create_study(direction="maximize")
+    task = make_task(objective="accuracy", direction="maximize")
+    trial = run_trial(make_objective(task), study, batch_size=8, lr=1.0)
+    assert trial.value == trial.user_attrs[f"{attributes.VALID_PREFIX}accuracy"] > 0.8
+
+
+def test_evaluation_halves_its_own_pieces_only(study: optuna.Study) -> None:
+    task = make_task(fits=16)
+    trial = run_trial(make_objective(task), study, batch_size=16, lr=0.5)
+    assert trial.user_attrs[attributes.MICROBATCH_SIZE] == 16
+    assert trial.user_attrs[attributes.BACKOFFS] == 0
+    assert 32 in Limited.seen  # the evaluation's first try at 32 validation samples
+    whole = run_trial(make_objective(make_task(), seed=-1), study, batch_size=16, lr=0.5)
+    assert trial.value == pytest.approx(whole.value, rel=1e-5)
+
+
+def test_a_final_run_is_scored_on_validation_and_test_data(study: optuna.Study) -> None:
+    objective = make_objective(make_task())
+    scores = objective.confirm(16, 0.5, seed=9, study=study)
+    assert scores["valid"].keys() == scores["test"].keys() == {"loss", "accuracy"}
+    assert scores["valid"] != scores["test"]
+    assert make_objective(make_task(test_data=None)).confirm(16, 0.5, seed=9, study=study)[
+        "test"
+    ] == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"batch_size": (64, 8)}, ConfigError, "batch_size=64:8; must be LOW:HIGH"),
+        ({"learning_rate": (0, 1)}, ConfigError, "learning_rate=0:1; must be LOW:HIGH"),
+        ({"batch_size": (8, 256)}, TaskError, "batch_size=256 is more than the 128 training"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_trained(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make_objective(make_task(), **changes)
+    assert not Limited.seen
