@@ -22,6 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from bs_optuna.errors import StudyError
 from bs_optuna.study.files import check_writable
@@ -65,7 +66,7 @@ def open_storage(url: str, *, heartbeat_interval: int) -> BaseStorage:
         parsed,
         heartbeat_interval=heartbeat_interval,
         has_tables=check_sqlite_file(path),
-        connect_args={"timeout": BUSY_TIMEOUT_S},
+        engine_settings={"connect_args": {"timeout": BUSY_TIMEOUT_S}},
     )
     serialize_transactions(storage, path)
     return storage
@@ -96,9 +97,7 @@ def _is_journal(path: Path) -> bool:
 def _check_connection(url: sqlalchemy.URL) -> None:
     """Connect once, so that a missing driver or server is told at once and not retried."""
     try:
-        engine = sqlalchemy.create_engine(url)
-        engine.connect().close()
-        engine.dispose()
+        sqlalchemy.create_engine(url, poolclass=NullPool).connect().close()
     except ImportError as error:
         raise StudyError(
             f"{_hide_password(url)} needs a driver that is not installed ({error}); "
@@ -120,15 +119,43 @@ def _open_database(
     *,
     heartbeat_interval: int,
     has_tables: bool = False,
-    connect_args: Mapping[str, object] | None = None,
+    engine_settings: Mapping[str, object] | None = None,
 ) -> RDBStorage:
-    """Build the storage; try again where another worker makes the tables at the same time."""
+    engine_settings = engine_settings or {}
+    _make_tables(url, has_tables=has_tables, engine_settings=engine_settings)
+    with warnings.catch_warnings():
+        # Heartbeats have been experimental in Optuna since 2.9.
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        storage = RDBStorage(
+            url.render_as_string(hide_password=False),
+            engine_kwargs=dict(engine_settings),
+            heartbeat_interval=heartbeat_interval,
+            # A sign of life may wait BUSY_TIMEOUT_S for a lock: two intervals would be too few.
+            grace_period=3 * heartbeat_interval,
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRY),
+            skip_table_creation=True,
+        )
+    # A study cannot be closed: its connections are, when it is let go of.
+    weakref.finalize(storage, storage.engine.dispose)
+    return storage
+
+
+def _make_tables(
+    url: sqlalchemy.URL, *, has_tables: bool, engine_settings: Mapping[str, object]
+) -> None:
+    """Make what lacks and check what is there; again, if another worker makes it just now."""
     attempt = 0
     while True:
         attempt += 1
         try:
-            storage = _build_storage(url, heartbeat_interval, has_tables, connect_args)
-            break
+            RDBStorage(
+                url.render_as_string(hide_password=False),
+                # Without a pool no connection stays open where the constructor fails.
+                engine_kwargs={**engine_settings, "poolclass": NullPool},
+                # A database of another Optuna is not to get tables of this one.
+                skip_table_creation=has_tables,
+            )
+            return
         except RuntimeError as error:
             message = str(error).replace("$STORAGE_URL", _hide_password(url))
             raise StudyError(f"{_hide_password(url)} cannot be opened: {message}") from error
@@ -139,30 +166,6 @@ def _open_database(
                     "mend it, or name another with --storage"
                 ) from error
         time.sleep(random.uniform(0.0, 0.2 * attempt))
-    # A study cannot be closed: its connections are, when it is let go of.
-    weakref.finalize(storage, storage.engine.dispose)
-    return storage
-
-
-def _build_storage(
-    url: sqlalchemy.URL,
-    heartbeat_interval: int,
-    has_tables: bool,
-    connect_args: Mapping[str, object] | None,
-) -> RDBStorage:
-    with warnings.catch_warnings():
-        # Heartbeats have been experimental in Optuna since 2.9.
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        return RDBStorage(
-            url.render_as_string(hide_password=False),
-            engine_kwargs={"connect_args": connect_args} if connect_args else None,
-            heartbeat_interval=heartbeat_interval,
-            # A sign of life may wait BUSY_TIMEOUT_S for a lock: two intervals would be too few.
-            grace_period=3 * heartbeat_interval,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRY),
-            # A database of another Optuna is not to get tables of this one.
-            skip_table_creation=has_tables,
-        )
 
 
 def _hide_password(url: sqlalchemy.URL) -> str:

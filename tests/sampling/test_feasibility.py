@@ -12,6 +12,7 @@ from optuna.samplers import CmaEsSampler
 from optuna.samplers import GPSampler
 from optuna.samplers import TPESampler
 from optuna.trial import TrialState
+from sqlalchemy.pool import NullPool
 
 from bs_optuna.sampling.feasibility import is_out_of_memory
 from bs_optuna.sampling.feasibility import mark_memory
@@ -32,13 +33,18 @@ def out_of_memory_above(trial: optuna.Trial) -> float:
     return (x - 0.7) ** 2
 
 
+def database(folder: Path) -> optuna.storages.RDBStorage:
+    return optuna.storages.RDBStorage(
+        f"sqlite:///{folder / 'study.db'}", engine_kwargs={"poolclass": NullPool}
+    )
+
+
 def test_the_mark_is_stored_and_read_back(tmp_path: Path) -> None:
-    storage = f"sqlite:///{tmp_path / 'study.db'}"
-    study = optuna.create_study(storage=storage, study_name="s")
+    study = optuna.create_study(storage=database(tmp_path), study_name="s")
     study.enqueue_trial({"x": 0.9})
     study.enqueue_trial({"x": 0.1})
     study.optimize(out_of_memory_above, n_trials=2)
-    bad, good = optuna.load_study(storage=storage, study_name="s").trials
+    bad, good = optuna.load_study(storage=database(tmp_path), study_name="s").trials
     assert (bad.state, is_out_of_memory(bad)) == (TrialState.PRUNED, True)
     assert (good.state, is_out_of_memory(good)) == (TrialState.COMPLETE, False)
     assert study.best_trial.number == good.number
@@ -63,11 +69,10 @@ def test_marking_a_retried_trial_again_is_quiet() -> None:
 def test_a_study_begun_without_constraints_goes_on(
     make_sampler: Callable[[], BaseSampler], tmp_path: Path
 ) -> None:
-    storage = f"sqlite:///{tmp_path / 'study.db'}"
     # Trials of a program that knows no constraints, in the range that the second run has, too.
-    begun = optuna.create_study(storage=storage, study_name="s", sampler=make_sampler())
+    begun = optuna.create_study(storage=database(tmp_path), study_name="s", sampler=make_sampler())
     begun.optimize(lambda trial: trial.suggest_float("x", 0.0, 1.0), n_trials=5)
-    study = optuna.load_study(storage=storage, study_name="s", sampler=make_sampler())
+    study = optuna.load_study(storage=database(tmp_path), study_name="s", sampler=make_sampler())
     study.enqueue_trial({"x": 0.9})
     study.optimize(out_of_memory_above, n_trials=8)
     states = [trial.state for trial in study.trials]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from sqlalchemy.pool import NullPool
 
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -52,6 +53,12 @@ def start() -> Iterator[Start]:
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def plain_storage() -> Callable[[str], optuna.storages.RDBStorage]:
+    """Open a database as a program with plain Optuna does; it leaves no connection open."""
+    return lambda url: optuna.storages.RDBStorage(url, engine_kwargs={"poolclass": NullPool})
 
 
 def _binaries() -> Path | None:

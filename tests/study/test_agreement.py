@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import optuna
@@ -18,6 +19,8 @@ from bs_optuna.errors import StudyError
 from bs_optuna.study import open_study
 from bs_optuna.study.agreement import check_search_space
 
+
+PlainStorage = Callable[[str], optuna.storages.RDBStorage]
 
 LR = FloatDistribution(1e-5, 1e-1, log=True)
 SPACE: dict[str, BaseDistribution] = {
@@ -102,9 +105,11 @@ def test_a_trial_cut_short_says_nothing_of_the_parameters_it_had_not_drawn() -> 
     ("directions", "found"),
     [(["maximize"], "maximize"), (["minimize", "maximize"], "minimize, maximize")],
 )
-def test_another_direction_is_refused(tmp_path: Path, directions: list[str], found: str) -> None:
+def test_another_direction_is_refused(
+    tmp_path: Path, plain_storage: PlainStorage, directions: list[str], found: str
+) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    optuna.create_study(storage=url, study_name="digits", directions=directions)
+    optuna.create_study(storage=plain_storage(url), study_name="digits", directions=directions)
     with pytest.raises(StudyError, match=f"has the direction {found}, not minimize; use another"):
         open_study(storage=url, name="digits")
     assert len(open_study(storage=url, name="other", direction="maximize").directions) == 1

@@ -23,6 +23,7 @@ from bs_optuna.study.storage import open_storage
 
 
 Start = Callable[..., "subprocess.Popen[str]"]
+PlainStorage = Callable[[str], optuna.storages.RDBStorage]
 
 
 def url(path: Path) -> str:
@@ -84,18 +85,19 @@ def test_a_database_that_another_program_holds_is_told(
             open_study(storage=url(path), name="s")
 
 
-def test_an_empty_file_becomes_a_study(tmp_path: Path) -> None:
+def test_an_empty_file_becomes_a_study(tmp_path: Path, plain_storage: PlainStorage) -> None:
     path = tmp_path / "study.db"
     path.touch()
     open_study(storage=url(path), name="s")
-    assert optuna.get_all_study_names(url(path)) == ["s"]
+    assert optuna.get_all_study_names(plain_storage(url(path))) == ["s"]
 
 
-def test_a_database_of_optuna_with_default_settings_is_taken_over(tmp_path: Path) -> None:
+def test_a_database_of_optuna_with_default_settings_is_taken_over(
+    tmp_path: Path, plain_storage: PlainStorage
+) -> None:
     path = tmp_path / "study.db"
-    optuna.create_study(storage=url(path), study_name="s").add_trial(
-        optuna.create_trial(value=1.0)
-    )
+    study = optuna.create_study(storage=plain_storage(url(path)), study_name="s")
+    study.add_trial(optuna.create_trial(value=1.0))
     assert [trial.value for trial in open_study(storage=url(path), name="s").trials] == [1.0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import pytest
 
 from bs_optuna.errors import StudyError
 from bs_optuna.study import open_study
+
+
+PlainStorage = Callable[[str], optuna.storages.RDBStorage]
 
 
 def refused(storage: str) -> str:
@@ -91,10 +95,10 @@ def test_a_log_of_another_program_is_left_alone(tmp_path: Path, text: str) -> No
     [("v2.6.0.a", "optuna storage upgrade --storage sqlite:///"), ("v99.0.0.a", "pip install -U")],
 )
 def test_a_database_of_another_optuna_is_left_alone(
-    tmp_path: Path, revision: str, remedy: str
+    tmp_path: Path, plain_storage: PlainStorage, revision: str, remedy: str
 ) -> None:
     path = tmp_path / "study.db"
-    optuna.create_study(storage=f"sqlite:///{path}", study_name="s")
+    plain_storage(f"sqlite:///{path}")
     with closing(sqlite3.connect(path)) as database, database:
         database.execute("UPDATE alembic_version SET version_num = ?", (revision,))
         database.execute("DROP TABLE trial_heartbeats")  # one that Optuna 2.6 did not have
@@ -105,11 +109,9 @@ def test_a_database_of_another_optuna_is_left_alone(
     assert path.read_bytes() == before
 
 
-def test_a_damaged_database_is_told(tmp_path: Path) -> None:
+def test_a_damaged_database_is_told(tmp_path: Path, plain_storage: PlainStorage) -> None:
     path = tmp_path / "study.db"
-    optuna.create_study(storage=f"sqlite:///{path}", study_name="s")
+    plain_storage(f"sqlite:///{path}")
     with closing(sqlite3.connect(path)) as database, database:
         database.execute("DROP TABLE version_info")
-    assert "cannot be opened (no such table: version_info); mend it" in refused(
-        f"sqlite:///{path}"
-    )
+    assert "cannot be opened (no such table: version_info); mend it" in refused(f"sqlite:///{path}")
