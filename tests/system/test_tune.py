@@ -1,0 +1,217 @@
+"""The command line as a person runs it: real processes, real files, real signals."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from bs_optuna.sampling import attributes
+from bs_optuna.study import open_study
+
+
+SHORT = ("--budget", "samples=600", "--final-runs", "1")
+WIDE_TASK = Path(__file__).with_name("wide_task.py")
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "bs_optuna.tune", *arguments]
+
+
+def environment() -> dict[str, str]:
+    # As a user has it, not as pytest runs this file: one thread, because tests share the cores.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def tune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+def trials(folder: Path, name: str) -> list[optuna.trial.FrozenTrial]:
+    study = open_study(storage=f"sqlite:///{folder}/studies/{name}.db", name=name)
+    return study.get_trials()
+
+
+@pytest.mark.slow
+def test_a_study_runs_is_summed_up_and_goes_on(tmp_path: Path) -> None:
+    first = tune(tmp_path, "--trials", "4", *SHORT)
+    assert first.returncode == 0, first.stderr
+    for words in (
+        "every trial gets samples=600 on ",
+        "trial 3: batch ",
+        "Recommended for digits",
+        "learning rate",
+        "warmup",
+        "microbatch size",
+        "accumulation steps",
+        "validation accuracy",
+        "test accuracy",
+        "compared at",
+        "sure",
+        "0 failed",
+        "optuna-dashboard sqlite:///studies/digits.db",
+    ):
+        assert words in first.stdout
+    assert len(trials(tmp_path, "digits")) == 4
+
+    again = tune(tmp_path, "--trials", "4", "--quiet", *SHORT)
+    assert again.returncode == 0, again.stderr
+    assert "trial 4:" not in again.stdout
+    assert "Recommended for digits" in again.stdout
+    assert len(trials(tmp_path, "digits")) == 8
+
+    other = tune(tmp_path, "--trials", "4", "--budget", "samples=700")
+    assert other.returncode == 2
+    assert "was made with budget=samples=600, now samples=700" in other.stderr
+    narrower = tune(tmp_path, "--batch-size", "16:64", *SHORT)
+    assert narrower.returncode == 2
+    assert "'batch_size'" in narrower.stderr
+    assert len(trials(tmp_path, "digits")) == 8
+
+
+@pytest.mark.slow
+def test_interrupting_keeps_finished_trials_and_says_how_to_go_on(tmp_path: Path) -> None:
+    arguments = ("--trials", "40", "--study", "cut", *SHORT)
+    with subprocess.Popen(
+        command(*arguments), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("trial 1:"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 130
+    assert re.search(
+        r"Interrupted\. \d+ finished trials are kept in sqlite:///studies/cut.db", rest
+    )
+    assert f"python -m bs_optuna.tune {' '.join(arguments)}" in rest
+    kept = [t for t in trials(tmp_path, "cut") if t.state.is_finished()]
+    finished = sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in kept)
+    assert finished >= 2
+
+    target = str(finished + 2)
+    again = tune(tmp_path, "--trials", target, "--study", "cut", *SHORT)
+    assert again.returncode == 0, again.stderr
+    assert f"{finished} of {target} trials are done" in again.stdout
+    after = trials(tmp_path, "cut")
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    assert sum(t.state in states for t in after) == int(target)
+    for lost in (t for t in after if t.state == TrialState.FAIL and t.params):
+        assert any(t.params == lost.params and t.state in states for t in after)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot limit a CPU's memory")
+def test_a_real_limit_on_memory_fails_no_trial_and_keeps_every_batch(tmp_path: Path) -> None:
+    run = tune(
+        tmp_path, str(WIDE_TASK), "--memory-limit", "12MiB", "--trials", "8", "--batch-size",
+        "16:512", "--budget", "samples=600", "--final-runs", "0",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found = trials(tmp_path, "wide")
+    assert len(found) == 8
+    assert {t.state for t in found} <= {TrialState.COMPLETE, TrialState.PRUNED}
+    backoffs = 0
+    for trial in found:
+        stored = trial.user_attrs
+        assert not stored.get(attributes.PRUNE_REASON, "").startswith("memory")
+        assert stored[attributes.EFFECTIVE_BATCH_SIZE] == trial.params["batch_size"]
+        steps, size = stored[attributes.ACCUMULATION_STEPS], stored[attributes.MICROBATCH_SIZE]
+        assert steps * size >= trial.params["batch_size"] > (steps - 1) * size
+        assert stored[attributes.SAMPLES] == trial.params["batch_size"] * stored[attributes.STEPS]
+        assert 4 <= size <= 12  # what 12 MiB hold of samples of about 1 MB
+        backoffs += stored[attributes.BACKOFFS]
+    assert backoffs <= 9  # log2(512), in the whole study
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot limit a CPU's memory")
+def test_a_limit_too_small_for_one_sample_ends_the_study_early(tmp_path: Path) -> None:
+    run = tune(tmp_path, str(WIDE_TASK), "--memory-limit", "1MiB", *SHORT)
+    assert run.returncode == 1, run.stderr
+    assert "nothing to recommend" in run.stdout
+    assert "memory" in run.stdout
+    found = trials(tmp_path, "wide")
+    assert [t.state for t in found] == [TrialState.PRUNED] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trials", "none"], "error: trials=none; must be a whole number."),
+        (["--batch-size", "64:16"], "error: batch_size=64:16; must be LOW:HIGH"),
+        (["--frobnicate"], "error: unrecognized arguments: --frobnicate; see "),
+        (["nowhere.toml"], "error: nowhere.toml: No such file or directory"),
+    ],
+)
+def test_mistakes_in_settings_end_before_anything_is_loaded(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    run = tune(tmp_path, *arguments)
+    assert run.returncode == 2
+    assert run.stderr.startswith(message)
+    assert run.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.py"], "error: task='nowhere.py'; there is no file nowhere.py."),
+        (["mnist"], "error: task='mnist'; must be built-in (digits, text)"),
+        (["--batch-size", "16:4096"], "error: batch_size=4096 is more than the 1257 training"),
+        (["--device", "cuda:99"], "error: device=cuda:99; it cannot be used"),
+        (["--storage", "broken.db"], "error: "),
+    ],
+)
+def test_mistakes_beyond_settings_end_before_anything_is_trained(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "broken.db").write_text("not a database")
+    run = tune(tmp_path, *arguments)
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in run.stderr
+    assert (tmp_path / "broken.db").read_text() == "not a database"
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.db"]
+
+
+@pytest.mark.parametrize("flag", ["--help", "--show-config"])
+def test_help_and_settings_are_shown_without_loading_what_is_slow(flag: str) -> None:
+    code = (
+        "import sys; from bs_optuna.tune import main\n"
+        f"try: main([{flag!r}])\n"
+        "except SystemExit: pass\n"
+        "print('loaded', {'torch', 'optuna', 'sklearn', 'rich'} & set(sys.modules))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "batch" in run.stdout
+    assert run.stdout.splitlines()[-1] == "loaded set()"
+
+
+def test_importing_the_package_loads_neither_torch_nor_optuna() -> None:
+    code = (
+        "import sys, bs_optuna, bs_optuna.training; print({'torch', 'optuna'} & set(sys.modules))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert run.stdout == "set()\n"
