@@ -66,17 +66,14 @@ _TEXTS = (
     _Text("hip", re.compile(r"\bHIPBLAS_STATUS_ALLOC_FAILED\b")),
     _Text("xpu", re.compile(r"XPU out of memory\.")),
     # Comes from the driver, below PyTorch's allocator, and the queue is lost.
-    _Text(
-        "xpu", re.compile(r"\bUR_RESULT_ERROR_OUT_OF_(?:DEVICE|HOST)_MEMORY\b"), retryable=False
-    ),
+    _Text("xpu", re.compile(r"\bUR_RESULT_ERROR_OUT_OF_(?:DEVICE|HOST)_MEMORY\b"), retryable=False),
     _Text("mps", re.compile(r"MPS backend out of memory|^Invalid buffer size: [\d.]+ [KMGT]i?B")),
     _Text("cpu", re.compile(r"DefaultCPUAllocator: (?:can't allocate|not enough) memory")),
+    _Text("cpu", re.compile(r"posix_memalign failed:\s*Cannot allocate memory")),
     _Text("cpu", re.compile(r"\bstd::bad_alloc\b")),
     # Once oneDNN failed to build a primitive, that thread goes on failing with plenty of memory.
     _Text("cpu", re.compile(r"^could not create a primitive"), retryable=False),
-    _Text(
-        "shared memory", re.compile(r"unable to allocate shared memory\(shm\)"), retryable=False
-    ),
+    _Text("shared memory", re.compile(r"unable to allocate shared memory\(shm\)"), retryable=False),
     _Text(
         "shared memory",
         re.compile(r"unable to mmap \d+ bytes from file .*: Cannot allocate memory"),
@@ -119,6 +116,15 @@ def classify(error: BaseException) -> OutOfMemory | None:
     Returns:
         The verdict, or None where the error means something else.
     """
+    try:
+        return _classify(error)
+    except MemoryError:
+        # Not even the message can be read while the failed attempt holds all there is.
+        release(error)
+        return _classify(error)
+
+
+def _classify(error: BaseException) -> OutOfMemory | None:
     found = _find(error, frozenset())
     if found is not None and found.retryable and any(map(_is_poisoned, _chain(error))):
         return replace(found, retryable=False)

@@ -144,6 +144,7 @@ POSITIVES: list[tuple[BaseException | Callable[[], BaseException], str, int | No
     (RuntimeError(LINUX), "cpu", 419430400, True),
     (RuntimeError(WINDOWS), "cpu", 7500000000, True),
     (RuntimeError("std::bad_alloc"), "cpu", None, True),
+    (RuntimeError("posix_memalign failed:Cannot allocate memory (12)"), "cpu", None, True),
     (RuntimeError("could not create a primitive"), "cpu", None, False),
     (
         RuntimeError(

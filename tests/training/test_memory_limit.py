@@ -1,0 +1,341 @@
+"""A memory limit makes the real allocator fail, again and again, and leaves the process healthy.
+
+Each test that imposes a limit does so in a fresh process, started with the settings that make the
+sizes repeatable: the limit of a test must not be able to kill the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from bs_optuna.errors import ConfigError
+from bs_optuna.training.limit_environment import LIMIT_ENVIRONMENT
+from bs_optuna.training.limit_environment import is_prepared
+from bs_optuna.training.memory_limit import LinuxCpuLimit
+from bs_optuna.training.memory_limit import NoLimit
+from bs_optuna.training.memory_limit import memory_limit
+
+
+CPU = torch.device("cpu")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel enforces it on Linux only")
+
+PRELUDE = """
+import resource
+import warnings
+import torch
+from torch import nn
+from bs_optuna.training.memory_limit import memory_limit
+from bs_optuna.training.oom import classify, empty_caches, release
+from bs_optuna.training.process_memory import process_memory
+
+warnings.simplefilter("error")
+MIB = 2**20
+UNLIMITED = resource.getrlimit(resource.RLIMIT_DATA)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(64, 2048), nn.BatchNorm1d(2048), nn.ReLU(), nn.Linear(2048, 10))
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Flatten(), nn.Linear(2048, 10),
+    )
+
+
+class Training:
+    def __init__(self, build):
+        torch.manual_seed(0)
+        self.model = build()
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+
+    def step(self, size):
+        self.optimizer.zero_grad(set_to_none=True)
+        inputs, targets = torch.randn(size, 64), torch.zeros(size, dtype=torch.long)
+        loss = nn.functional.cross_entropy(self.model(inputs), targets)
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+def attempt(training, limit, size):
+    "The verdict of a step of this size under the limit, None where it fits."
+    try:
+        with limit.active():
+            training.step(size)
+        return None
+    except Exception as error:
+        failure = error
+    verdict = classify(failure)
+    assert verdict is not None and verdict.kind == "cpu", repr(failure)
+    release(failure)
+    training.optimizer.zero_grad(set_to_none=True)
+    empty_caches()
+    return verdict
+"""
+
+
+def run(program: str, *, environment: dict[str, str] | None = None) -> str:
+    """Runs a program in a fresh process and returns what it printed."""
+    settings = LIMIT_ENVIRONMENT if environment is None else environment
+    inherited = {k: v for k, v in os.environ.items() if k not in LIMIT_ENVIRONMENT}
+    child = subprocess.run(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(program)],
+        env=inherited | {"OMP_NUM_THREADS": "1"} | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0, f"exit status {child.returncode}\n{child.stderr}"
+    return child.stdout.strip()
+
+
+@linux
+@pytest.mark.parametrize(("build", "mib"), [("mlp", 24), ("cnn", 8)])
+def test_halving_finds_a_size_that_goes_on_fitting(build: str, mib: int) -> None:
+    program = f"""
+        limit = memory_limit(torch.device("cpu"), {mib} * MIB)
+        limit.warm_up(lambda: Training({build}).step(8))
+        sizes = []
+        for _ in range(2):
+            limit.start_trial()
+            training = Training({build})
+            assert attempt(training, limit, 2) is None  # builds the optimizer's state
+            size = 4096
+            while attempt(training, limit, size) is not None:
+                size //= 2
+            for _ in range(10):
+                assert attempt(training, limit, size) is None
+            assert all(p.isfinite().all() for p in training.model.parameters())
+            sizes.append(size)
+            del training
+        assert resource.getrlimit(resource.RLIMIT_DATA) == UNLIMITED
+        assert torch.backends.mkldnn.enabled
+        print(*sizes)
+    """
+    first, second = map(int, run(program).split())
+
+    assert first == second
+    assert 1 <= first <= 2048
+
+
+@linux
+def test_fifty_failures_leave_the_process_healthy() -> None:
+    program = """
+        limit = memory_limit(torch.device("cpu"), 24 * MIB)
+        limit.warm_up(lambda: Training(mlp).step(8))
+        limit.start_trial()
+        training = Training(mlp)
+        training.step(256)
+        before = process_memory("VmData")["VmData"]
+        verdicts = [attempt(training, limit, 8192) for _ in range(50)]
+        grown = process_memory("VmData")["VmData"] - before
+        assert all(verdict.bytes_requested for verdict in verdicts)
+        assert attempt(training, limit, 256) is None
+        assert training.step(8192) > 0  # nothing remains of the limit outside
+        print(grown / MIB)
+    """
+    assert float(run(program)) < 5.0
+
+
+@linux
+def test_the_limit_ends_with_the_outermost_context_whatever_is_raised() -> None:
+    program = """
+        def soft():
+            return resource.getrlimit(resource.RLIMIT_DATA)[0]
+
+        limit = memory_limit(torch.device("cpu"), 64 * MIB)
+        limit.warm_up(lambda: Training(mlp).step(8))
+        limit.start_trial()
+        baseline = process_memory("VmData")["VmData"]
+        for raised in (ValueError, KeyboardInterrupt):
+            try:
+                with limit.active():
+                    with limit.active():
+                        assert not torch.backends.mkldnn.enabled
+                        assert torch.backends.nnpack.set_flags(False) == (False,)
+                    assert abs(soft() - baseline - 64 * MIB) < MIB
+                    raise raised
+            except raised:
+                pass
+            assert resource.getrlimit(resource.RLIMIT_DATA) == UNLIMITED
+            assert torch.backends.mkldnn.enabled
+            assert torch.backends.nnpack.set_flags(True) == (True,)
+        for misuse in (limit.start_trial, lambda: limit.warm_up(print)):
+            with limit.active():
+                try:
+                    misuse()
+                except RuntimeError as error:
+                    print(error)
+    """
+    lines = run(program).splitlines()
+
+    assert [line.split(":")[0] for line in lines] == [
+        "start_trial inside active()",
+        "warm_up inside active()",
+    ]
+
+
+@linux
+def test_a_stricter_limit_from_outside_stays() -> None:
+    program = """
+        limit = memory_limit(torch.device("cpu"), 1024 * MIB)
+        limit.warm_up(lambda: Training(mlp).step(8))
+        strict = process_memory("VmData")["VmData"] + 32 * MIB
+        resource.setrlimit(resource.RLIMIT_DATA, (strict, UNLIMITED[1]))
+        limit.start_trial()
+        with limit.active():
+            print(resource.getrlimit(resource.RLIMIT_DATA)[0] == strict)
+        print(resource.getrlimit(resource.RLIMIT_DATA)[0] == strict)
+    """
+    assert run(program).split() == ["True", "True"]
+
+
+@linux
+def test_warm_up_runs_once_per_thread_and_team_and_without_onednn() -> None:
+    program = """
+        import threading
+
+        limit = memory_limit(torch.device("cpu"), 64 * MIB)
+        runs = []
+
+        def warm_up():
+            def step():
+                Training(mlp).step(8)
+                runs.append(torch.backends.mkldnn.enabled)
+            limit.warm_up(step)
+            limit.warm_up(step)
+
+        torch.set_num_threads(1)
+        warm_up()
+        torch.set_num_threads(2)
+        warm_up()
+        thread = threading.Thread(target=warm_up)
+        thread.start()
+        thread.join()
+        print(runs)
+    """
+    assert run(program) == "[False, False, False]"
+
+
+@linux
+@pytest.mark.parametrize("left_out", ["warm_up", "start_trial"])
+def test_a_limit_before_the_first_operation_is_refused(left_out: str) -> None:
+    program = f"""
+        limit = memory_limit(torch.device("cpu"), 64 * MIB)
+        if {left_out!r} != "warm_up":
+            limit.warm_up(lambda: Training(mlp).step(8))
+        if {left_out!r} != "start_trial":
+            limit.start_trial()
+        try:
+            limit.active()
+        except RuntimeError as error:
+            print(error)
+    """
+    assert run(program).startswith("memory limit in force before warm_up()")
+
+
+@linux
+def test_a_process_that_is_not_prepared_is_told_how_to_start() -> None:
+    program = """
+        import warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            memory_limit(torch.device("cpu"), 64 * MIB)
+        print(*[warning.message for warning in caught], sep="\\n")
+    """
+    lines = run(program, environment={}).splitlines()
+
+    assert len(lines) == 1
+    assert "not repeatable" in lines[0]
+    assert all(f"{name}={value}" in lines[0] for name, value in LIMIT_ENVIRONMENT.items())
+
+
+@linux
+def test_setting_the_environment_too_late_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = """
+        import os
+        from bs_optuna.training.limit_environment import LIMIT_ENVIRONMENT, is_prepared
+        os.environ.update(LIMIT_ENVIRONMENT)
+        print(is_prepared())
+    """
+    assert run(program, environment={}) == "False"
+    assert run(program) == "True"
+
+
+def test_the_environment_can_be_asked_for_without_loading_torch() -> None:
+    program = (
+        "import sys, bs_optuna.training.limit_environment; "
+        "print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+
+    assert output.split() == ["False", "False"]
+
+
+def test_no_limit_changes_nothing() -> None:
+    limit = memory_limit(CPU, None)
+
+    assert isinstance(limit, NoLimit)
+    assert limit.limit_bytes is None
+    limit.warm_up(lambda: pytest.fail("nothing needs a warm-up"))
+    limit.start_trial()
+    with limit.active(), limit.active():
+        assert torch.backends.mkldnn.enabled
+
+
+@linux
+@pytest.mark.filterwarnings("ignore:The memory limit is real")
+def test_the_limit_is_told() -> None:
+    limit = memory_limit(CPU, 2**29)
+
+    assert isinstance(limit, LinuxCpuLimit)
+    assert limit.limit_bytes == 2**29
+    assert is_prepared() == (LIMIT_ENVIRONMENT.items() <= os.environ.items())
+
+
+@linux
+@pytest.mark.parametrize("limit_bytes", [0, -1, 2**60])
+def test_a_limit_out_of_bounds_names_the_bound(limit_bytes: int) -> None:
+    with pytest.raises(ConfigError, match=r"memory limit of .* out of bounds: the machine has .*;"):
+        memory_limit(CPU, limit_bytes)
+
+
+@pytest.mark.parametrize(
+    ("device", "platform"), [("cpu", "darwin"), ("cpu", "win32"), ("meta", "linux")]
+)
+def test_a_limit_that_cannot_be_enforced_is_refused(
+    device: str, platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+
+    with pytest.raises(
+        ConfigError, match=f"512 MiB cannot be enforced on device '{device}'.*leave"
+    ):
+        memory_limit(torch.device(device), 512 * 2**20)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_limit_refuses_and_is_lifted() -> None:
+    device = torch.device("cuda")
+    limit = memory_limit(device, 2**30)
+    limit.start_trial()
+
+    with limit.active(), pytest.raises(torch.OutOfMemoryError):
+        torch.empty(2**31, dtype=torch.uint8, device=device)
+
+    assert torch.empty(2**31, dtype=torch.uint8, device=device).numel() == 2**31
+    with pytest.raises(ConfigError, match="the device has"):
+        memory_limit(device, 2**60)
