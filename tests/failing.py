@@ -1,4 +1,4 @@
-"""A device whose allocator fails at a chosen operation: the positions that no real limit reaches."""
+"""A device whose allocator fails at a chosen operation, also where no real limit reaches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings from flags and files: read, refused with one clear line, and printed to be read again."""
+"""Settings from flags and files: read, refused with one clear line, printed to be read again."""
 
 from __future__ import annotations
 

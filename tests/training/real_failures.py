@@ -51,12 +51,24 @@ def loss_fn(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return loss
 
 
+class Scale(nn.Module):
+    """A product whose backward pass takes more memory than the forward pass did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16, 32, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.weight).mean(dim=(2, 3))
+
+
 def build() -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
+    # No large matrix product: where the last megabyte is missing, those of MKL do without their
+    # buffers and round in another order, with or without a failure before.
     model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.3),
-        nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.3),
-        nn.Flatten(), nn.Linear(16 * 32 * 32, 4),
+        nn.BatchNorm2d(16), nn.Tanh(), nn.Dropout(0.3),
+        nn.BatchNorm2d(16), nn.GELU(), nn.Dropout(0.3), Scale(), nn.Linear(16, 4),
     )  # fmt: skip
     model.register_forward_pre_hook(forward_begins)
     return model, torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -74,7 +86,7 @@ def train(
     """State after a few steps, the microbatch size of each, and the sum of the losses."""
     model, optimizer = build()
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(BATCH, 1, 32, 32, generator=generator)
+    x = torch.randn(BATCH, 16, 32, 32, generator=generator)
     y = torch.randint(4, (BATCH,), generator=generator)
     ran, losses = [], torch.zeros(())
     backward = AccumulatedBackward(model, loss_fn)
@@ -98,28 +110,20 @@ def main() -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(WATCH)
     free = memory_limit(torch.device("cpu"), None)
-    compared = whole = 0
-    for mebibytes in (3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32, 36, 40):
+    whole = 0
+    for mebibytes in range(1, 61, 2):
         limit = memory_limit(torch.device("cpu"), mebibytes * 2**20)
         limit.warm_up(lambda: train([None], free))
+        limit.start_trial()
         try:
-            limit.start_trial()
             found, ran, losses = train([None] * STEPS, limit)
-            failures = len(WATCH.failures)
-            # Under the same limit: where the last megabyte is missing, the matrix products of MKL
-            # work without their buffers, and round in another order.
-            limit.start_trial()
-            expected, ran_again, expected_losses = train(list(ran), limit)
         except MicrobatchDoesNotFitError:
             continue
-        if len(WATCH.failures) > failures:
-            continue  # at the very edge a size fits once and not again: nothing to compare with
-        assert ran == ran_again
+        expected, _, expected_losses = train(list(ran), free)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), mebibytes
         assert torch.equal(losses, expected_losses)
-        compared += 1
         whole += ran[-1] == BATCH
-    print(json.dumps({"failures": WATCH.failures, "compared": compared, "whole": whole}))
+    print(json.dumps({"failures": WATCH.failures, "whole": whole}))
 
 
 if __name__ == "__main__":

@@ -273,7 +273,7 @@ def test_failing_at_any_operation_of_two_steps_changes_no_bit() -> None:
         assert failing.failures == 1
         if position < first:
             assert_equal(found, clean)
-        else:  # the first step had the whole batch, the second one its halves: alike among themselves
+        else:  # a whole first step and a second in halves: these are alike among themselves
             mixed = mixed or found
             assert_equal(found, mixed)
 

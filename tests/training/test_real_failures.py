@@ -28,5 +28,4 @@ def test_real_failures_in_forward_and_backward_change_no_bit() -> None:
     found = json.loads(run.stdout)
     assert found["failures"].count("forward") >= 5
     assert found["failures"].count("backward") >= 5
-    assert found["compared"] >= 10
     assert found["whole"] >= 1  # the largest limit holds the whole batch: the sweep met the edge
