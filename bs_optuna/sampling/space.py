@@ -182,10 +182,7 @@ class Space:
     def middle(self) -> Array:
         """The point in the middle of every range, or the first choice, (P,)."""
         return np.array(
-            [
-                0.0 if axis.nominal else 0.5 * (axis.bounds[0] + axis.bounds[1])
-                for axis in self.axes
-            ]
+            [0.0 if axis.nominal else 0.5 * (axis.bounds[0] + axis.bounds[1]) for axis in self.axes]
         )
 
     def features(self, coordinates: Array) -> tuple[Array, NDArray[np.int_]]:

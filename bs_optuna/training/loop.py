@@ -131,9 +131,7 @@ class TrainingRun:
         batches = training_batches(
             self._task.train_data, batch_size=settings.batch_size, seed=settings.seed
         )
-        points = rungs(
-            settings.budget, batch_size=settings.batch_size, count=settings.evaluations
-        )
+        points = rungs(settings.budget, batch_size=settings.batch_size, count=settings.evaluations)
         for k, rung in enumerate(points):
             while self._progress() < rung.progress:
                 self._step(*next(batches))

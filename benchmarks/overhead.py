@@ -1,0 +1,177 @@
+"""What bs_optuna costs beside training: one step, a whole study, and the answer to --help.
+
+    python benchmarks/overhead.py
+
+Each figure is a ratio against the same work without bs_optuna, measured in turns in this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import TrialState
+from torch import nn
+
+from bs_optuna.config import StudyConfig
+from bs_optuna.sampling import attributes
+from bs_optuna.study.tuning import prepare
+from bs_optuna.tasks import digits
+from bs_optuna.training import AccumulatedBackward
+from bs_optuna.training.data import evaluation_batches
+from bs_optuna.training.data import training_batches
+from bs_optuna.training.recipes import LONGEST_WARMUP
+from bs_optuna.training.recipes import learning_rate_factor
+from bs_optuna.training.recipes import optimizer_factory
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call; waits for an accelerator."""
+    begin = time.perf_counter()
+    work()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter() - begin
+
+
+def compare(ours: Callable[[], object], theirs: Callable[[], object], *, turns: int) -> list[float]:
+    """Times both in turns; returns the median of each and the ratio of those."""
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(turns)]
+    a, b = (statistics.median(times) for times in zip(*pairs[turns // 5 :], strict=True))
+    return [a, b, a / b]
+
+
+def step(device: torch.device, turns: int) -> list[float]:
+    """One forward and backward at full microbatch against the plain one."""
+    torch.manual_seed(0)
+    width, batch = (256, 256) if device.type == "cpu" else (1024, 2048)
+    model = nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Dropout(0.1),
+        nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(),
+        nn.Linear(32 * 64, width), nn.ReLU(), nn.Linear(width, 10),
+    ).to(device)  # fmt: skip
+    x = torch.randn(batch, 1, 8, 8, device=device)
+    y = torch.randint(10, (batch,), device=device)
+    backward = AccumulatedBackward(model, nn.functional.cross_entropy)
+
+    def ours() -> None:
+        model.zero_grad()
+        backward(x, y)
+
+    def plain() -> None:
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+
+    return compare(ours, plain, turns=turns)
+
+
+def bare_training(setting: dict[str, Any]) -> None:
+    """The training of one trial, as a person would write it, up to where the trial was stopped."""
+    task = setting["task"]
+    torch.manual_seed(setting["seed"])
+    model = task.model().to(setting["device"])
+    optimizer = optimizer_factory(task.optimizer)(model.parameters(), setting["lr"])
+    batches = training_batches(
+        task.train_data, batch_size=setting["batch_size"], seed=setting["seed"]
+    )
+    for done in range(setting["steps"]):
+        factor = learning_rate_factor((done + 0.5) / setting["total"], warmup=LONGEST_WARMUP)
+        for group in optimizer.param_groups:
+            group["lr"] = setting["lr"] * factor
+        inputs, targets = (t.to(setting["device"]) for t in next(batches))
+        optimizer.zero_grad()
+        loss = task.loss(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        if (done + 1) * 5 // setting["total"] > done * 5 // setting["total"]:
+            bare_evaluation(model, setting)
+
+
+def bare_evaluation(model: nn.Module, setting: dict[str, Any]) -> None:
+    """Loss and metrics on the validation data."""
+    task = setting["task"]
+    model.eval()
+    with torch.no_grad():
+        for batch in evaluation_batches(task.valid_data, batch_size=256):
+            inputs, targets = (t.to(setting["device"]) for t in batch)
+            outputs = model(inputs)
+            task.loss(outputs, targets).item()
+            for metric in task.metrics.values():
+                metric(outputs, targets).item()
+    model.train()
+
+
+def study(trials: int, device: torch.device) -> list[float]:
+    """A study on SQLite, sampler and pruner included, against its trainings in a bare loop."""
+    task = digits.task()
+    with tempfile.TemporaryDirectory() as folder:
+        config = StudyConfig(
+            trials=trials, storage=f"sqlite:///{folder}/study.db", device=str(device)
+        )
+        tuning = prepare(config, task)
+        tuning.objective.confirm(64, 1e-3, seed=0, study=tuning.study)  # warms both up
+        total = seconds(
+            lambda: tuning.run(timeout=None, started=lambda t: None, ended=lambda s, t: None)
+        )
+        settings = [
+            {
+                "task": task,
+                "device": device,
+                "seed": trial.number,
+                "batch_size": trial.params["batch_size"],
+                "lr": trial.params["lr"],
+                "steps": trial.user_attrs[attributes.STEPS],
+                "total": tuning.objective.budget.steps(trial.params["batch_size"]),
+            }
+            for trial in tuning.study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+        ]
+    bare = sum(seconds(lambda s=setting: bare_training(s)) for setting in settings)
+    return [total, bare, total / bare]
+
+
+def answer_to_help() -> list[float]:
+    """``--help`` against the import of PyTorch and Optuna, each in a new process."""
+
+    def run(*arguments: str) -> Callable[[], object]:
+        return lambda: subprocess.run(
+            [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL
+        )
+
+    return compare(
+        run("-m", "bs_optuna.tune", "--help"), run("-c", "import torch, optuna"), turns=10
+    )
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trials", type=int, default=30)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    torch.set_flush_denormal(True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{'':34s}{'bs_optuna':>11s}{'without':>11s}{'ratio':>8s}")
+    rows = (
+        ("one step, whole batch (seconds)", lambda: step(device, turns=100)),
+        (f"study of {arguments.trials} trials (seconds)", lambda: study(arguments.trials, device)),
+        ("--help / import torch, optuna (s)", answer_to_help),
+    )
+    for label, measure in rows:
+        ours, theirs, ratio = measure()
+        print(f"{label:34s}{ours:11.4f}{theirs:11.4f}{ratio:8.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

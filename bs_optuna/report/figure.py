@@ -1,0 +1,112 @@
+"""The picture of a study: trials over batch size and learning rate, and the ridge they support."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import optuna
+from optuna.trial import TrialState
+
+from bs_optuna.errors import StudyError
+from bs_optuna.sampling.recommend import recommend
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+POINTS = 9  # batch sizes at which the study is asked for the best learning rate
+INK = "#1b2a41"
+RIDGE = "#e4572e"
+
+
+def ridge_figure(
+    study: optuna.Study, *, batch_size_name: str = "batch_size", learning_rate_name: str = "lr"
+) -> Figure:
+    """Draws every trial, coloured by its value, and the best learning rate with its 90 % interval.
+
+    Args:
+        study: A study with the two parameters, whichever sampler made it.
+        batch_size_name: Name of the batch size in the study.
+        learning_rate_name: Name of the learning rate in the study.
+
+    Raises:
+        StudyError: There are too few trials to say where the best learning rate lies.
+        ModuleNotFoundError: matplotlib is not installed; the extra ``plot`` brings it.
+    """
+    from matplotlib.figure import Figure  # an extra, and slow to load
+
+    names = (batch_size_name, learning_rate_name)
+    complete = [
+        (trial.params[names[0]], trial.params[names[1]], trial.value)
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if all(name in trial.params for name in names)
+    ]
+    if not complete:
+        raise StudyError(f"Study {study.study_name!r} has no complete trial to draw. Run some.")
+    figure = Figure(figsize=(7.2, 4.4), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    sizes = np.geomspace(min(c[0] for c in complete), max(c[0] for c in complete), POINTS)
+    _draw_ridge(axes, study, sorted({round(size) for size in sizes}), names)
+    pruned = [
+        (trial.params[names[0]], trial.params[names[1]])
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
+        if all(name in trial.params for name in names)
+    ]
+    if pruned:
+        axes.scatter(*zip(*pruned, strict=True), marker="x", c="#9aa5b1", s=30, label="pruned")
+    dots = axes.scatter(
+        *zip(*(c[:2] for c in complete), strict=True),
+        c=_ranks([c[2] or 0.0 for c in complete], study),
+        cmap="viridis",
+        s=52,
+        edgecolors="white",
+        linewidths=0.8,
+        zorder=3,
+        label="trial",
+    )
+    bar = figure.colorbar(dots, ax=axes, ticks=[0, 1], pad=0.02)
+    bar.ax.set_yticklabels(["worst", "best"])
+    bar.outline.set_visible(False)
+    _dress(axes, sorted({c[0] for c in complete} | {p[0] for p in pruned}))
+    return figure
+
+
+def _draw_ridge(
+    axes: Axes, study: optuna.Study, sizes: Sequence[int], names: tuple[str, str]
+) -> None:
+    found = [
+        recommend(study, batch_size=size, batch_size_name=names[0], learning_rate_name=names[1])
+        for size in sizes
+    ]
+    low, high = zip(*(f.learning_rate_interval for f in found), strict=True)
+    axes.fill_between(sizes, low, high, color=RIDGE, alpha=0.13, linewidth=0, label="90 %")
+    axes.plot(sizes, [f.learning_rate for f in found], c=RIDGE, lw=2, label="best learning rate")
+    # The band may leave the plot where nothing was tried; the trials decide what is shown.
+    rates = [t.params[names[1]] for t in study.get_trials(deepcopy=False) if names[1] in t.params]
+    axes.set_ylim(min(rates) / 1.6, max(rates) * 1.6)
+
+
+def _ranks(
+    values: list[float], study: optuna.Study
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """0 for the worst trial to 1 for the best: losses of 11 beside 0.1 would hide all else."""
+    order = np.argsort(np.argsort(values)) / max(1, len(values) - 1)
+    return order if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1.0 - order
+
+
+def _dress(axes: Axes, sizes: Sequence[float]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = 2.0 ** np.arange(np.floor(np.log2(sizes[0])), np.ceil(np.log2(sizes[-1])) + 1)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xlabel("batch size", color=INK)
+    axes.set_ylabel("learning rate", color=INK)
+    axes.grid(True, which="major", color="#e5e9ee", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, which="both", length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="best", labelcolor=INK)
