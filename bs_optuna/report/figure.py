@@ -56,9 +56,17 @@ def ridge_figure(
         if all(name in trial.params for name in names)
     ]
     if pruned:
-        axes.scatter(*zip(*pruned, strict=True), marker="x", c="#9aa5b1", s=30, label="pruned")
+        axes.scatter(
+            [p[0] for p in pruned],
+            [p[1] for p in pruned],
+            marker="x",
+            c="#9aa5b1",
+            s=30,
+            label="pruned",
+        )
     dots = axes.scatter(
-        *zip(*(c[:2] for c in complete), strict=True),
+        [c[0] for c in complete],
+        [c[1] for c in complete],
         c=_ranks([c[2] or 0.0 for c in complete], study),
         cmap="viridis",
         s=52,

@@ -1,0 +1,106 @@
+"""What a person reads: progress, summary and picture, each made from a real study."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import optuna
+import pytest
+from rich.console import Console
+
+from bs_optuna.config import StudyConfig
+from bs_optuna.errors import StudyError
+from bs_optuna.report.figure import ridge_figure
+from bs_optuna.report.progress import TrialProgress
+from bs_optuna.report.summary import summary
+from bs_optuna.study.conclusion import conclude
+from bs_optuna.study.tuning import Tuning
+from bs_optuna.study.tuning import prepare
+from bs_optuna.tasks import digits
+
+
+@pytest.fixture(scope="module")
+def tuning(tmp_path_factory: pytest.TempPathFactory) -> Tuning:
+    folder = tmp_path_factory.mktemp("report")
+    config = StudyConfig(
+        trials=5, budget="samples=400", storage=f"{folder}/study.db", device="cpu", final_runs=0
+    )
+    tuning = prepare(config, digits.task())
+    tuning.run(timeout=None, started=lambda trial: None, ended=lambda study, trial: None)
+    return tuning
+
+
+def shown(renderable: object) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(renderable)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_summary_says_what_to_use_and_how_sure_that_is(tuning: Tuning) -> None:
+    conclusion = conclude(tuning, final_runs=2)
+    assert conclusion is not None
+    text = shown(summary(tuning, conclusion))
+    for words in (
+        f"batch size           {conclusion.batch_size}",
+        f"{conclusion.learning_rate:.3g}",
+        "microbatch size",
+        "(2 runs with new seeds)",
+        "samples=400: equal samples favour small batches",
+        "no other tried setting is better",
+        f"optuna-dashboard {tuning.storage}",
+    ):
+        assert words in text
+    assert [len(values) for values in conclusion.test.values()] == [2, 2]
+    stored = tuning.study.user_attrs["recommendation"]
+    assert stored["batch_size"] == conclusion.batch_size
+
+
+def test_an_empty_study_recommends_nothing(tuning: Tuning) -> None:
+    empty = Tuning(tuning.task, tuning.objective, optuna.create_study(), "sqlite:///x.db", 5)
+    assert conclude(empty, final_runs=1) is None
+    text = shown(summary(empty, None))
+    assert "nothing to recommend" in text
+    assert "0 complete, 0 pruned, 0 failed" in text
+
+
+@pytest.mark.parametrize(
+    ("verbosity", "terminal", "lines"),
+    [("normal", False, 1), ("quiet", False, 0), ("verbose", True, 1), ("quiet", True, 0)],
+)
+def test_progress_is_as_loud_as_asked(
+    tuning: Tuning, verbosity: str, terminal: bool, lines: int
+) -> None:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=160)
+    progress = TrialProgress(console, total=5, finished=0, verbosity=verbosity)  # type: ignore[arg-type]
+    with progress:
+        progress.ended(tuning.study, tuning.study.trials[0])
+    assert isinstance(console.file, io.StringIO)
+    written = console.file.getvalue()
+    assert written.count("trial 0: batch") == lines
+    assert ("best" in written) == bool(lines)
+
+
+def test_a_terminal_shows_the_trial_that_runs_and_the_best(tuning: Tuning) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    asked = optuna.create_study().ask(tuning.objective.search_space)
+    with TrialProgress(console, total=9, finished=4, verbosity="normal") as progress:
+        progress.started(asked)
+        progress.ended(tuning.study, tuning.study.trials[0])
+    assert isinstance(console.file, io.StringIO)
+    written = console.file.getvalue()
+    for words in (f"trial {asked.number}: batch", "5/9", "best"):
+        assert words in written
+
+
+def test_the_picture_is_drawn(tuning: Tuning, tmp_path: Path) -> None:
+    ridge_figure(tuning.study).savefig(tmp_path / "ridge.png")
+    header = (tmp_path / "ridge.png").read_bytes()[:24]
+    assert header.startswith(b"\x89PNG")
+    assert int.from_bytes(header[16:20], "big") > 1000
+
+
+def test_a_study_without_results_has_no_picture() -> None:
+    with pytest.raises(StudyError, match="no complete trial"):
+        ridge_figure(optuna.create_study())

@@ -1,0 +1,69 @@
+"""Tasks are found by name, in files and in modules; what is none is refused in one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bs_optuna.errors import TaskError
+from bs_optuna.tasks.loading import load_task
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "my_task.py"
+MODULE = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("example", {str(EXAMPLE)!r})
+example = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(example)
+build = example.task
+ready = example.task()
+number = 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    path = tmp_path / f"tasks_{tmp_path.name}.py"
+    path.write_text(MODULE)
+    return path
+
+
+@pytest.mark.parametrize("name", ["digits", "text"])
+def test_built_in_tasks_are_found_by_name(name: str) -> None:
+    assert load_task(name).name == name
+
+
+def test_a_file_is_enough() -> None:
+    assert load_task(str(EXAMPLE)).name == "wine"
+
+
+def test_a_function_or_a_task_in_a_file_or_module(module: Path) -> None:
+    for spec in (f"{module}:build", f"{module}:ready", f"{module.stem}:build"):
+        assert load_task(spec).name == "wine"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("mnist", "task='mnist'; must be built-in (digits, text), a file"),
+        ("nowhere.py", "there is no file nowhere.py"),
+        ("no_such_module:task", "there is no module 'no_such_module'"),
+        ("os.no_such:task", "there is no module 'os.no_such'"),
+        ("MODULE", "has no 'task'. Define 'def task() -> TrainingTask' there."),
+        ("MODULE:other", "has no 'other'"),
+        ("MODULE:number", "number gave a int; must give a TrainingTask."),
+    ],
+)
+def test_what_is_no_task_is_refused(module: Path, spec: str, message: str) -> None:
+    with pytest.raises(TaskError, match=re.escape(message)):
+        load_task(spec.replace("MODULE", str(module)))
+
+
+def test_a_module_that_misses_one_itself_says_which(module: Path) -> None:
+    module.write_text("import no_such_dependency")
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        load_task(f"{module.stem}:task")
