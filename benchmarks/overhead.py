@@ -23,12 +23,12 @@ from torch import nn
 
 from bs_optuna.config import StudyConfig
 from bs_optuna.sampling import attributes
+from bs_optuna.science.companions import warmup_steps
 from bs_optuna.study.tuning import prepare
 from bs_optuna.tasks import digits
 from bs_optuna.training import AccumulatedBackward
 from bs_optuna.training.data import evaluation_batches
 from bs_optuna.training.data import training_batches
-from bs_optuna.training.recipes import LONGEST_WARMUP
 from bs_optuna.training.recipes import learning_rate_factor
 from bs_optuna.training.recipes import optimizer_factory
 
@@ -82,8 +82,10 @@ def bare_training(setting: dict[str, Any]) -> None:
     batches = training_batches(
         task.train_data, batch_size=setting["batch_size"], seed=setting["seed"]
     )
+    _, beta2 = optimizer.defaults.get("betas", (None, None))
+    warmup = warmup_steps(setting["total"], beta2=beta2) / setting["total"]
     for done in range(setting["steps"]):
-        factor = learning_rate_factor((done + 0.5) / setting["total"], warmup=LONGEST_WARMUP)
+        factor = learning_rate_factor((done + 0.5) / setting["total"], warmup=warmup)
         for group in optimizer.param_groups:
             group["lr"] = setting["lr"] * factor
         inputs, targets = (t.to(setting["device"]) for t in next(batches))

@@ -17,7 +17,6 @@ from bs_optuna.sampling import attributes
 from bs_optuna.study.conclusion import Conclusion
 from bs_optuna.study.tuning import Tuning
 from bs_optuna.training.budget import Budget
-from bs_optuna.training.recipes import LONGEST_WARMUP
 
 
 # What a budget can and cannot tell (Godbole et al., Deep Learning Tuning Playbook).
@@ -60,18 +59,17 @@ def _setting_rows(tuning: Tuning, conclusion: Conclusion) -> list[tuple[str, str
     return [
         ("batch size", str(conclusion.batch_size)),
         ("learning rate", rate),
-        ("warmup", _warmup(tuning.objective.budget, conclusion.batch_size)),
+        ("warmup", _warmup(tuning.objective.budget, conclusion)),
         ("microbatch size", str(conclusion.microbatch_size)),
         ("accumulation steps", str(conclusion.accumulation_steps)),
     ]
 
 
-def _warmup(budget: Budget, batch_size: int) -> str:
-    steps = budget.steps(batch_size)
-    part = f"first {LONGEST_WARMUP:.0%} of the run"
-    return (
-        part if steps is None else f"{round(LONGEST_WARMUP * steps)} of {steps} steps, the {part}"
-    )
+def _warmup(budget: Budget, conclusion: Conclusion) -> str:
+    total = budget.steps(conclusion.batch_size)
+    if total is None:
+        return f"first {conclusion.warmup:.0%} of the run"
+    return f"{round(conclusion.warmup * total)} of {total} steps"
 
 
 def _score_rows(tuning: Tuning, conclusion: Conclusion) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 # Of a trial: what really ran.
 LEARNING_RATE = "learning_rate"  # float, peak learning rate of the schedule
+WARMUP = "warmup"  # float, part of the run in which the learning rate rises
 EFFECTIVE_BATCH_SIZE = "effective_batch_size"  # int, samples per optimizer step
 MICROBATCH_SIZE = "microbatch_size"  # int, the last one used (it only shrinks)
 ACCUMULATION_STEPS = "accumulation_steps"  # int, microbatches per step at that size

@@ -28,6 +28,7 @@ class Conclusion:
     Attributes:
         batch_size: Samples per optimizer step.
         learning_rate: Peak of the schedule.
+        warmup: Part of the run in which the learning rate rises.
         microbatch_size: The one that the recommended trial ran with.
         accumulation_steps: Microbatches per step at that size.
         evidence: The posterior behind it; None if there were too few trials for one.
@@ -38,6 +39,7 @@ class Conclusion:
 
     batch_size: int
     learning_rate: float
+    warmup: float
     microbatch_size: int
     accumulation_steps: int
     evidence: Recommendation | None
@@ -81,6 +83,7 @@ def conclude(tuning: Tuning, *, final_runs: int) -> Conclusion | None:
     conclusion = Conclusion(
         batch_size=trial.params["batch_size"],
         learning_rate=trial.params["lr"],
+        warmup=trial.user_attrs[attributes.WARMUP],
         microbatch_size=trial.user_attrs[attributes.MICROBATCH_SIZE],
         accumulation_steps=trial.user_attrs[attributes.ACCUMULATION_STEPS],
         evidence=evidence,

@@ -12,6 +12,7 @@ import torch
 from bs_optuna.errors import BsOptunaError
 from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.science.accumulation import AccumulationPlan
+from bs_optuna.science.companions import warmup_steps
 from bs_optuna.training.backward import AccumulatedBackward
 from bs_optuna.training.budget import Budget
 from bs_optuna.training.data import Data
@@ -47,7 +48,7 @@ class RunSettings:
         learning_rate: Peak of the schedule.
         budget: When the run ends.
         seed: Of the model's weights and the order of the data.
-        microbatch_size: Where to start; None is the whole batch.
+        microbatch_size: Most samples in a microbatch, to begin with; None is the whole batch.
         evaluations: How often to evaluate, the end included.
     """
 
@@ -75,10 +76,11 @@ class TrainingRun:
     Attributes:
         samples: Training samples seen.
         steps: Optimizer steps done.
-        seconds: Time spent training and evaluating.
-        microbatch_size: The last one that was tried.
+        warmup: Part of the run in which the learning rate rises, 0 before the first step.
+        microbatch_size: Samples in the largest microbatch of the last step that was tried.
         fits: Largest microbatch with which the last full step was done; 0 before the first.
         failed_sizes: Microbatch sizes that ran out of memory.
+        values: Validation loss and metrics of the last checkpoint.
     """
 
     def __init__(
@@ -94,13 +96,15 @@ class TrainingRun:
         self._device = device
         self._limit = limit
         self._peak = PeakMemory(device)
+        self._begin: float | None = None
         self._training_seconds = 0.0
+        self.warmup = 0.0
         self.samples = 0
         self.steps = 0
-        self.seconds = 0.0
         self.microbatch_size = settings.microbatch_size or settings.batch_size
         self.fits = 0
         self.failed_sizes: list[int] = []
+        self.values: dict[str, float] = {}
 
     @property
     def batch_size(self) -> int:
@@ -111,6 +115,11 @@ class TrainingRun:
     def accumulation_steps(self) -> int:
         """Microbatches per optimizer step."""
         return AccumulationPlan(self.batch_size, self.microbatch_size).accumulation_steps
+
+    @property
+    def seconds(self) -> float:
+        """Time since the run began."""
+        return 0.0 if self._begin is None else time.perf_counter() - self._begin
 
     def peak_memory_bytes(self) -> int | None:
         """Most memory that the run has held at a time, None if the device does not tell."""
@@ -125,7 +134,7 @@ class TrainingRun:
         """
         self._limit.start_trial()
         self._peak.start()
-        begin = time.perf_counter()
+        self._begin = time.perf_counter()
         settings = self._settings
         self._build()
         batches = training_batches(
@@ -138,9 +147,9 @@ class TrainingRun:
             if k + 1 < len(points) and self._progress() >= points[k + 1].progress:
                 continue  # one large step has passed several rungs: the last of them counts
             values = self.evaluate(self._task.valid_data)
-            self.seconds = time.perf_counter() - begin
             if not all(math.isfinite(value) for value in values.values()):
                 raise DivergedError(f"validation {values} after {self.samples} samples")
+            self.values = values
             yield Checkpoint(rung.resource, values)
 
     def evaluate(self, data: Data) -> dict[str, float]:
@@ -158,6 +167,7 @@ class TrainingRun:
         self._model.train()
         make_optimizer = optimizer_factory(self._task.optimizer)
         self._optimizer = make_optimizer(self._model.parameters(), self._settings.learning_rate)
+        self.warmup = self._warmup()
         self._backward = AccumulatedBackward(
             self._model,
             self._task.loss,
@@ -166,6 +176,13 @@ class TrainingRun:
         )
         pieces = max(2 * self.microbatch_size, SMALLEST_EVALUATION_BATCH)
         self._evaluation = Evaluation(self._task, batch_size=pieces)
+
+    def _warmup(self) -> float:
+        total = self._settings.budget.steps(self._settings.batch_size)
+        if total is None:  # the clock does not tell how many steps there will be
+            return LONGEST_WARMUP
+        _, beta2 = self._optimizer.defaults.get("betas", (None, None))
+        return warmup_steps(total, beta2=beta2) / total
 
     def _progress(self) -> float:
         total = self._settings.budget.steps(self._settings.batch_size)
@@ -178,7 +195,7 @@ class TrainingRun:
         # The middle of the step, so that neither the first nor the last one is lost to a rate of 0.
         total = self._settings.budget.steps(self._settings.batch_size)
         progress = self._progress() + (0.5 / total if total else 0.0)
-        rate = self._settings.learning_rate * learning_rate_factor(progress, warmup=LONGEST_WARMUP)
+        rate = self._settings.learning_rate * learning_rate_factor(progress, warmup=self.warmup)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad()
@@ -198,9 +215,8 @@ class TrainingRun:
             self.failed_sizes += error.sizes_tried
             self.microbatch_size = 1
             raise
-        if result.backoffs:
-            self.failed_sizes += result.sizes_tried[:-1]
-            self.microbatch_size = result.microbatch_size
+        self.failed_sizes += result.sizes_tried[:-1]
+        self.microbatch_size = result.microbatch_size
         return result.loss
 
     def _update(self) -> None:

@@ -26,6 +26,7 @@ from bs_optuna.training.memory_limit import memory_limit as limit_memory
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
+from bs_optuna.training.starting_size import StartingSize
 from bs_optuna.training.task import TrainingTask
 
 
@@ -92,6 +93,9 @@ class TrainingObjective:
             self._memory_key = memory_key(
                 task, device=self.device, limit_bytes=self._limit.limit_bytes
             )
+        self._starting_size = StartingSize(
+            task, device=self.device, limit=self._limit, batch_size=batch_size[1]
+        )
 
     @property
     def search_space(self) -> dict[str, BaseDistribution]:
@@ -173,12 +177,16 @@ class TrainingObjective:
     def _run(
         self, batch_size: int, learning_rate: float, seed: int, known: MicrobatchBounds
     ) -> TrainingRun:
+        most = min(batch_size, self._microbatch_size or batch_size)
+        if known.fits < most:
+            with _private_random_state(self.device):
+                most = min(most, known.start(most, predicted=self._starting_size.predicted))
         settings = RunSettings(
             batch_size=batch_size,
             learning_rate=learning_rate,
             budget=self.budget,
             seed=seed,
-            microbatch_size=min(known.start(batch_size), self._microbatch_size or batch_size),
+            microbatch_size=most,
             evaluations=EVALUATIONS,
         )
         return TrainingRun(self.task, settings, device=self.device, limit=self._limit)
@@ -186,8 +194,6 @@ class TrainingObjective:
     def _train(self, trial: optuna.Trial, run: TrainingRun) -> tuple[float, str | None]:
         value = float("nan")
         for checkpoint in run.checkpoints():
-            for name, mean in checkpoint.values.items():
-                trial.set_user_attr(f"{attributes.VALID_PREFIX}{name}", mean)
             value = checkpoint.values[self.task.objective]
             if checkpoint.resource is not None:
                 trial.report(value, checkpoint.resource)
@@ -198,7 +204,7 @@ class TrainingObjective:
     def _store(
         self, trial: optuna.Trial, run: TrainingRun, learning_rate: float, reason: str | None
     ) -> None:
-        stored = {
+        stored: dict[str, float | str | None] = {
             attributes.LEARNING_RATE: learning_rate,
             attributes.EFFECTIVE_BATCH_SIZE: run.batch_size,
             attributes.MICROBATCH_SIZE: run.microbatch_size,
@@ -208,12 +214,14 @@ class TrainingObjective:
             attributes.SECONDS: run.seconds,
             attributes.SAMPLES: run.samples,
             attributes.STEPS: run.steps,
+            attributes.WARMUP: run.warmup,
             attributes.DEVICE: str(self.device),
             attributes.MEMORY_KEY: self._memory_key,
             attributes.MICROBATCH_FITS: run.fits,
             attributes.MICROBATCH_FAILS: min(run.failed_sizes, default=None),
             attributes.PRUNE_REASON: reason,
         }
+        stored |= {f"{attributes.VALID_PREFIX}{k}": mean for k, mean in run.values.items()}
         for key, value in stored.items():
             if value is not None:
                 trial.set_user_attr(key, value)

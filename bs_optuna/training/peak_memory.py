@@ -59,7 +59,7 @@ class PeakMemory:
 
 def _start_resident_peak() -> int | None:
     """Resets the kernel's peak; returns the bytes resident now, None where that is impossible."""
-    gc.collect()
+    gc.collect(1)  # what the trial before left in cycles; all generations would take a second
     try:
         # Blocks that were freed but stay resident would be used again without any growth.
         ctypes.CDLL(None).malloc_trim(0)

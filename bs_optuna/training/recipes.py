@@ -56,6 +56,6 @@ def learning_rate_factor(progress: float, *, warmup: float) -> float:
     Linear from 0 to 1 while p < f, then (1 + cos(pi * (p - f) / (1 - f))) / 2 down to 0. A function
     of progress, not of steps, so that every batch size is trained on the same schedule.
     """
-    if progress < warmup:
+    if progress < warmup:  # never where there is none
         return progress / warmup
     return 0.5 * (1.0 + math.cos(math.pi * min((progress - warmup) / (1.0 - warmup), 1.0)))
