@@ -5,8 +5,13 @@ Whether a microbatch fits is monotone in its size, so two numbers hold all that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+
+# What is left of a prediction that has failed: it is rarely wrong by more.
+PREDICTION_LOWERED = 0.9
 
 
 @dataclass(frozen=True)
@@ -26,25 +31,76 @@ class MicrobatchBounds:
         """Whether a single sample is known not to fit."""
         return self.fails == 1
 
-    def start(self, batch_size: int) -> int:
+    def start(self, batch_size: int, *, predicted: int | None = None) -> int:
         """The microbatch size to begin with: the largest that nothing speaks against.
 
-        The whole batch as long as nothing failed. Otherwise half of what failed, as back-off would
-        have it, or what is known to fit if that is more; so every further failure halves ``fails``,
-        and a study sees at most log2 of the largest size of them.
+        Without a prediction: the whole batch as long as nothing failed, then half of what failed,
+        as back-off would have it, or what is known to fit if that is more. A prediction takes the
+        place of the whole batch, and is believed once more, less a tenth, when it has just failed.
+        So every failure halves ``fails`` but for these two: in all, however wrong the prediction,
+        there are at most log2 of the largest size, plus 2.
+
+        Args:
+            batch_size: Samples per optimizer step.
+            predicted: The largest microbatch size that is predicted to fit, the same for every
+                batch size; None if nothing is.
         """
         if self.fails is None:
-            return batch_size
-        return max(1, min(batch_size, max(self.fits, self.fails // 2)))
+            guess = batch_size if predicted is None else predicted
+        elif predicted is None:
+            guess = self.fails // 2
+        else:
+            lowered = int(PREDICTION_LOWERED * predicted)
+            tries = (predicted, lowered, self.fails // 2)
+            guess = next(size for size in tries if size < self.fails)
+        return max(1, min(batch_size, max(self.fits, guess)))
 
     @classmethod
     def merged(cls, bounds: Iterable[MicrobatchBounds]) -> MicrobatchBounds:
-        """What several runs know together; a failure outweighs an earlier success at that size."""
-        fits, fails = 0, None
-        for bound in bounds:
-            fits = max(fits, bound.fits)
-            if bound.fails is not None:
-                fails = bound.fails if fails is None else min(fails, bound.fails)
-        if fails is not None:
-            fits = min(fits, fails - 1)
-        return cls(fits, fails)
+        """What several runs know together.
+
+        Where a size has fitted in one run and failed in another, memory is not the same each time:
+        the failure counts, and of the successes only those at half of its size.
+        """
+        seen = list(bounds)
+        fits = [bound.fits for bound in seen]
+        fails = min((bound.fails for bound in seen if bound.fails is not None), default=None)
+        if fails is not None and max(fits) >= fails:
+            fits = [size for size in fits if size <= fails // 2]
+        return cls(max(fits, default=0), fails)
+
+
+def largest_fitting(peak_bytes: Callable[[int], float], limit_bytes: float, *, most: int) -> int:
+    """The largest size whose peak is within a limit, or one at most 1 % smaller.
+
+    Peak memory is piecewise affine in the microbatch size, and grows faster from piece to piece
+    (the optimizer's temporaries, then the activations). So the size is interpolated between one
+    that fits and one that doesn't, which is exact on a piece; every third time the interval is
+    halved instead, because several pieces would lead the interpolation on in small steps.
+
+    Args:
+        peak_bytes: Peak memory of a size, not decreasing.
+        limit_bytes: What must not be exceeded.
+        most: The largest size of interest, at least 1.
+
+    Returns:
+        A size from 1 to ``most`` that was seen to fit, or 0 if 1 does not.
+    """
+    if (high_bytes := peak_bytes(most)) <= limit_bytes:
+        return most
+    low, low_bytes, high = 1, peak_bytes(1) if most > 1 else high_bytes, most
+    if low_bytes > limit_bytes:
+        return 0
+    turn = 0
+    while high - low > max(1, low // 100):
+        turn += 1
+        middle = (low + high) // 2
+        if turn % 3:
+            slope = (high_bytes - low_bytes) / (high - low)
+            guess = low + int((limit_bytes - low_bytes) / slope)
+            middle = min(max(guess, low + 1), high - 1)
+        if (middle_bytes := peak_bytes(middle)) <= limit_bytes:
+            low, low_bytes = middle, middle_bytes
+        else:
+            high, high_bytes = middle, middle_bytes
+    return low

@@ -180,7 +180,7 @@ class TrainingObjective:
         most = min(batch_size, self._microbatch_size or batch_size)
         if known.fits < most:
             with _private_random_state(self.device):
-                most = min(most, known.start(most, predicted=self._starting_size.predicted))
+                most = known.start(most, predicted=self._starting_size.predicted)
         settings = RunSettings(
             batch_size=batch_size,
             learning_rate=learning_rate,

@@ -1,0 +1,159 @@
+"""Laws of what is known about memory: few failures, no size twice, nothing forgotten."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bs_optuna.science.accumulation import AccumulationPlan
+from bs_optuna.science.memory import MicrobatchBounds
+from bs_optuna.science.memory import largest_fitting
+
+
+SIZES = st.integers(1, 5000)
+MOST = 5000
+
+
+def trial(bounds: MicrobatchBounds, batch_size: int, predicted: int | None,
+          holds: Callable[[int], bool]) -> tuple[MicrobatchBounds, list[int]]:  # fmt: skip
+    """What a trial learns as the training does, and the sizes that failed on the way."""
+    plan = AccumulationPlan(batch_size, bounds.start(batch_size, predicted=predicted))
+    failed: list[int] = []
+    while not holds(plan.microbatch_size):
+        failed.append(plan.microbatch_size)
+        if plan.microbatch_size == 1:
+            return MicrobatchBounds(0, 1), failed
+        plan = plan.halved()
+    return MicrobatchBounds(plan.microbatch_size, min(failed, default=None)), failed
+
+
+def study(batch_sizes: list[int], predicted: int | None,
+          holds: Callable[[int], bool]) -> tuple[MicrobatchBounds, list[int]]:  # fmt: skip
+    """What trials one after the other learn, and every size that failed."""
+    seen: list[MicrobatchBounds] = []
+    failed: list[int] = []
+    for batch_size in batch_sizes:
+        known = MicrobatchBounds.merged(seen)
+        if known.hopeless:
+            break
+        learned, failures = trial(known, batch_size, predicted, holds)
+        seen.append(learned)
+        failed += failures
+    return MicrobatchBounds.merged(seen), failed
+
+
+@given(
+    batch_sizes=st.lists(SIZES, min_size=1, max_size=30),
+    predicted=st.none() | st.integers(0, MOST),
+    capacity=st.integers(0, MOST),
+)
+def test_a_study_sees_few_failures_and_never_one_size_twice(
+    batch_sizes: list[int], predicted: int | None, capacity: int
+) -> None:
+    known, failed = study(batch_sizes, predicted, lambda size: size <= capacity)
+    assert len(failed) <= math.log2(max(batch_sizes)) + (1 if predicted is None else 2)
+    assert len(set(failed)) == len(failed)
+    assert known.fits <= capacity
+    assert known.fails is None or known.fails > capacity
+
+
+@given(
+    batch_sizes=st.lists(SIZES, min_size=1, max_size=60),
+    predicted=st.none() | st.integers(0, MOST),
+    whims=st.randoms(use_true_random=False),
+)
+def test_memory_that_differs_each_time_ends_in_few_failures_too(
+    batch_sizes: list[int], predicted: int | None, whims: object
+) -> None:
+    _, failed = study(batch_sizes, predicted, lambda _: whims.random() < 0.7)  # type: ignore[attr-defined]
+    assert len(failed) <= 2 * math.log2(MOST) + 2
+
+
+@given(batch_size=SIZES, fits=SIZES, fails=st.none() | SIZES, predicted=st.none() | SIZES)
+def test_the_start_is_a_size_that_nothing_speaks_against(
+    batch_size: int, fits: int, fails: int | None, predicted: int | None
+) -> None:
+    bounds = MicrobatchBounds.merged([MicrobatchBounds(fits, fails)])
+    start = bounds.start(batch_size, predicted=predicted)
+    assert 1 <= start <= batch_size
+    assert start >= min(bounds.fits, batch_size)
+    assert bounds.fails is None or start < bounds.fails or bounds.hopeless
+
+
+@given(capacity=st.integers(1, MOST), error=st.floats(-0.1, 0.1))
+def test_a_prediction_within_a_tenth_costs_one_failure_and_wastes_a_tenth_at_most(
+    capacity: int, error: float
+) -> None:
+    predicted = round(capacity * (1 + error))
+    known, failed = study([MOST] * 2, predicted, lambda size: size <= capacity)
+    assert len(failed) <= 1
+    # An equal cut of the batch may hold less than what fits, whoever cuts it.
+    least = AccumulationPlan(MOST, max(1, math.floor(0.9 * capacity) - 1)).microbatch_size
+    assert known.fits >= least
+
+
+def test_a_failed_prediction_is_lowered_once_and_then_halved() -> None:
+    assert MicrobatchBounds().start(512, predicted=100) == 100
+    assert MicrobatchBounds(fits=50, fails=100).start(512, predicted=100) == 90
+    assert MicrobatchBounds(fits=50, fails=90).start(512, predicted=100) == 50
+    assert MicrobatchBounds(fits=0, fails=90).start(512, predicted=100) == 45
+
+
+def test_what_was_seen_is_more_than_what_was_predicted() -> None:
+    assert MicrobatchBounds(fits=200).start(512, predicted=100) == 200
+    assert MicrobatchBounds(fits=16).start(512, predicted=100) == 100
+    assert MicrobatchBounds(fits=16, fails=80).start(512, predicted=100) == 40
+    assert MicrobatchBounds().start(512, predicted=0) == 1
+
+
+def test_without_a_prediction_the_whole_batch_is_tried_and_then_halved() -> None:
+    assert MicrobatchBounds().start(512) == 512
+    assert MicrobatchBounds(fits=16, fails=512).start(512) == 256
+    assert MicrobatchBounds(fits=300, fails=512).start(512) == 300
+
+
+def test_a_failure_leaves_only_clearly_smaller_successes() -> None:
+    seen = [MicrobatchBounds(fits=100), MicrobatchBounds(fits=40, fails=90), MicrobatchBounds(60)]
+    assert MicrobatchBounds.merged(seen) == MicrobatchBounds(fits=40, fails=90)
+    assert MicrobatchBounds.merged([]) == MicrobatchBounds()
+
+
+PIECES = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 300)), min_size=1, max_size=4)
+
+
+@given(pieces=PIECES, limit=st.integers(0, 500_000), most=SIZES)
+def test_the_largest_fitting_is_found_on_every_convex_peak(
+    pieces: list[tuple[int, int]], limit: int, most: int
+) -> None:
+    asked: list[int] = []
+
+    def peak(size: int) -> int:
+        asked.append(size)
+        return max(constant + slope * size for constant, slope in pieces)
+
+    found = largest_fitting(peak, limit, most=most)
+    calls = len(asked)
+    truth = max((size for size in range(1, most + 1) if peak(size) <= limit), default=0)
+    assert truth * 0.99 - 1 <= found <= truth
+    assert calls <= 3 * math.log2(MOST) + 3
+    assert found == 0 or found in asked[:calls]
+
+
+def test_an_affine_peak_takes_four_predictions() -> None:
+    asked: list[int] = []
+
+    def peak(size: int) -> int:
+        asked.append(size)
+        return 1000 + 7 * size
+
+    assert largest_fitting(peak, 2000, most=100_000) == 142
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize(("limit", "found"), [(0, 0), (1, 1), (2, 1)])
+def test_a_single_sample_is_a_size_too(limit: int, found: int) -> None:
+    assert largest_fitting(lambda size: size, limit, most=1) == found
