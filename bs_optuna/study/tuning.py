@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace
+from pathlib import Path
 
 import optuna
 import torch
@@ -134,7 +136,9 @@ def prepare(config: StudyConfig, task: TrainingTask) -> Tuning:
             n_warmup_steps=low[min(1, len(low) - 1)].resource or 0,
         ),
     )
-    _check_experiment(study, {"task": config.task, "optimizer": optimizer, "budget": str(budget)})
+    experiment = {"task": Path(config.task).name, "optimizer": optimizer, "budget": str(budget)}
+    _check_experiment(study, experiment)
+    _name_value(study, f"validation {task.objective}")
     study.set_user_attr(attributes.CONFIG, config.model_dump(mode="json"))
     finished = len(study.get_trials(deepcopy=False, states=FINISHED))
     target = config.trials if finished < config.trials else finished + config.trials
@@ -165,6 +169,13 @@ def _check_experiment(study: optuna.Study, experiment: dict[str, str]) -> None:
                 f"Study {study.study_name!r} was made with {key}={stored.get(key)}, now {value}; "
                 "values would not compare. Use another study name (--study)."
             )
+
+
+def _name_value(study: optuna.Study, name: str) -> None:
+    """So that the dashboard does not call it "Objective 0"."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names([name])
 
 
 def _stop_if_nothing_fits(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:

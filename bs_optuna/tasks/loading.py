@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 from bs_optuna.errors import TaskError
 from bs_optuna.tasks import digits
 from bs_optuna.tasks import text
+from bs_optuna.training.task import UNNAMED
 from bs_optuna.training.task import TrainingTask
 
 
 BUILT_IN: dict[str, Callable[[], TrainingTask]] = {"digits": digits.task, "text": text.task}
 DEFAULT_FUNCTION = "task"
+_FILE_PREFIX = "bs_optuna_task_"
 
 
 def load_task(spec: str) -> TrainingTask:
@@ -44,7 +47,7 @@ def load_task(spec: str) -> TrainingTask:
 def _module_from_file(spec: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise TaskError(f"task={spec!r}; there is no file {path}. Check the path.")
-    name = f"bs_optuna_task_{path.stem}"
+    name = f"{_FILE_PREFIX}{path.stem}"
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None  # a .py file has a loader
     assert found.loader is not None
@@ -73,7 +76,7 @@ def _call(spec: str, module: ModuleType, name: str) -> TrainingTask:
     function: Any = getattr(module, name, None)
     if function is None:
         raise TaskError(
-            f"task={spec!r}; {module.__name__.removeprefix('bs_optuna_task_')} has no {name!r}. "
+            f"task={spec!r}; {module.__name__.removeprefix(_FILE_PREFIX)} has no {name!r}. "
             f"Define 'def {name}() -> TrainingTask' there."
         )
     task = function() if callable(function) else function
@@ -81,4 +84,6 @@ def _call(spec: str, module: ModuleType, name: str) -> TrainingTask:
         raise TaskError(
             f"task={spec!r}; {name} gave a {type(task).__name__}; must give a TrainingTask."
         )
+    if task.name == UNNAMED:
+        return replace(task, name=module.__name__.removeprefix(_FILE_PREFIX).rpartition(".")[2])
     return task

@@ -21,6 +21,9 @@ from bs_optuna.training.recipes import OptimizerFactory
 from bs_optuna.training.recipes import optimizer_factory
 
 
+UNNAMED = "task"
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingTask:
     """A model, its data, and how to judge it.
@@ -37,7 +40,8 @@ class TrainingTask:
         objective: What trials are compared by: ``"loss"`` or the name of a metric.
         direction: ``"minimize"`` or ``"maximize"``.
         count: What the means are taken over, as ``count(inputs, targets)``, if not the samples.
-        name: Names the study and its file if nothing else does.
+        name: Names the study and its file; the command line takes the name of the task's file
+            or module where it is left out.
 
     Raises:
         TaskError: Data of another kind, an unknown optimizer, or an objective that is no metric.
@@ -53,7 +57,7 @@ class TrainingTask:
     objective: str = "loss"
     direction: Literal["minimize", "maximize"] = "minimize"
     count: Callable[[Any, Any], int | torch.Tensor] | None = None
-    name: str = "task"
+    name: str = UNNAMED
 
     def __post_init__(self) -> None:
         for name in ("train_data", "valid_data", "test_data"):

@@ -67,3 +67,11 @@ def test_a_module_that_misses_one_itself_says_which(module: Path) -> None:
     module.write_text("import no_such_dependency")
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
         load_task(f"{module.stem}:task")
+
+
+def test_a_task_without_a_name_takes_that_of_its_file(module: Path) -> None:
+    module.write_text(
+        f"{MODULE}\nfrom dataclasses import replace\ntask = replace(ready, name='task')"
+    )
+    assert load_task(str(module)).name == module.stem
+    assert load_task(f"{module.stem}:task").name == module.stem
