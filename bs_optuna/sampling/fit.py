@@ -1,16 +1,11 @@
-"""The model of one study at one moment, and the point that it would try next."""
+"""The model of one study at one moment."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import erfcx
-from scipy.special import logsumexp
-from scipy.special import ndtr
 
 from bs_optuna.sampling.history import History
 from bs_optuna.sampling.history import Scale
@@ -23,10 +18,13 @@ from bs_optuna.sampling.surrogate import Points
 from bs_optuna.sampling.surrogate import Posterior
 from bs_optuna.sampling.surrogate import explore
 from bs_optuna.science.prior import ScalingPrior
-from bs_optuna.science.prior import ridge
 
 
 Array = NDArray[np.float64]
+
+# Up to here every suggestion gets the whole effort; beyond, hyper-parameters hardly change from
+# one trial to the next, and the effort is spread so that a suggestion takes about as long.
+_FULL_EFFORT_TRIALS = 40
 
 
 @dataclass(frozen=True)
@@ -38,18 +36,18 @@ class Effort:
         fresh_sweeps: Sweeps of an ensemble that starts from the prior.
         sweeps: Sweeps of one that an earlier fit has left behind.
         samples: Walkers that the posterior is averaged over.
+        spread: Whether long histories get less of it.
     """
 
     walkers: int
     fresh_sweeps: int
     sweeps: int
     samples: int
+    spread: bool
 
 
-QUICK = Effort(walkers=48, fresh_sweeps=10, sweeps=2, samples=12)
-THOROUGH = Effort(walkers=96, fresh_sweeps=40, sweeps=40, samples=48)
-_CANDIDATES = 256
-_ROUNDS = 2
+QUICK = Effort(walkers=48, fresh_sweeps=10, sweeps=2, samples=12, spread=True)
+THOROUGH = Effort(walkers=96, fresh_sweeps=40, sweeps=40, samples=48, spread=False)
 
 
 class Fit:
@@ -62,6 +60,16 @@ class Fit:
         rng: Random numbers.
         effort: How thoroughly to explore.
         walkers: Where an earlier fit left the hyper-parameters.
+
+    Attributes:
+        tried: Coordinates of the finished trials, (n, P).
+        running: Coordinates of the running ones.
+        numbers: Trial numbers of the finished ones, n of them.
+        anchor: The belief about the ridge in this space; None if that has no ridge.
+        scale: The scale on which the model sees the values.
+        share: Part of the effort that such a long history gets, in (0, 1].
+        walkers: Hyper-parameters, whitened; where the next fit starts.
+        posterior: The function, given finished trials and what is expected of running ones.
     """
 
     def __init__(
@@ -75,91 +83,25 @@ class Fit:
         walkers: Array | None = None,
     ) -> None:
         self.space = space
-        self.tried = space.coordinates(seen.params)
+        self.tried, self.running = space.coordinates(seen.params), space.coordinates(seen.running)
+        self.numbers = seen.numbers
+        self.anchor = anchored(space, prior)
+        self.share = min(1.0, _FULL_EFFORT_TRIALS / len(seen)) if effort.spread else 1.0
         bounds = None if space.ridge is None else space.axes[space.ridge[0]].bounds
         owners = space.features(self.tried)[1]
         nominal = np.array([space.axes[j].nominal for j in owners], dtype=bool)
-        self.model = Model(anchored(space, prior), bounds, owners, nominal)
+        self.model = Model(self.anchor, bounds, owners, nominal)
         values = scalarised(seen.values, rng)
         self.scale = Scale.of(values)
         observed = Observations(
             self.points(self.tried), self.scale.standardised(values), seen.doubts
         )
-        sweeps = effort.sweeps
-        if walkers is None or walkers.shape != (effort.walkers, self.model.size):
-            walkers = rng.standard_normal((effort.walkers, self.model.size))
-            sweeps = effort.fresh_sweeps
-        self.walkers = explore(self.model, observed, walkers, rng, sweeps)
-        w = self.walkers[rng.permutation(len(self.walkers))[: effort.samples]]
+        self.walkers = self._explored(observed, rng, effort, walkers)
+        samples = max(int(effort.samples * self.share), 4)
+        w = self.walkers[rng.permutation(len(self.walkers))[:samples]]
         self.posterior = Posterior(self.model, w, observed)
-        self.running = space.coordinates(seen.running)
         if len(self.running):
             self._believe(observed)
-
-    def _believe(self, observed: Observations) -> None:
-        """Take running trials to end as predicted: what they cost is their uncertainty."""
-        points = self.points(self.running)
-        expected = self.posterior.predict(points)[0].mean(0)
-        everything = Observations(
-            self.points(np.concatenate([self.tried, self.running])),
-            np.concatenate([observed.values, expected]),
-            np.concatenate([observed.doubts, np.zeros(len(self.running))]),
-        )
-        self.posterior = Posterior(self.model, self.posterior.w, everything)
-
-    def suggest(self, rng: np.random.Generator, fixed: Mapping[int, float]) -> Array:
-        """The point (P,) of the largest expected improvement, averaged over hyper-parameters."""
-        incumbent = self.posterior.predict(self.points(self.tried))[0]
-        order = np.argsort(incumbent.mean(0))[:4]
-        parents = self.tried[order]
-        batches = [self.space.uniform(rng, _CANDIDATES), self._around(parents, rng, _CANDIDATES)]
-        candidates = np.zeros((0, self.tried.shape[1]))
-        scores = np.zeros(0)
-        for _ in range(_ROUNDS + 1):
-            fresh = self._allowed(np.concatenate(batches), fixed)
-            score = self._log_improvement(fresh, incumbent.min(1))
-            candidates = np.concatenate([candidates, fresh])
-            scores = np.concatenate([scores, score])
-            best = np.argsort(-scores)[:6]
-            batches = [self._around(candidates[best], rng, _CANDIDATES // 2, 0.3)]
-        best_one: Array = candidates[scores.argmax()]
-        return best_one
-
-    def _allowed(self, candidates: Array, fixed: Mapping[int, float]) -> Array:
-        """Candidates that may be suggested, without those tried or running already."""
-        candidates = self.space.snapped(candidates)
-        for j, coordinate in fixed.items():
-            candidates[:, j] = coordinate
-        taken = np.concatenate([self.tried, self.running])
-        new: NDArray[np.bool_] = ~(np.abs(candidates[:, None] - taken) < 1e-9).all(-1).any(-1)
-        return candidates[new] if new.any() else candidates
-
-    def _around(
-        self, parents: Array, rng: np.random.Generator, count: int, width: float = 1.0
-    ) -> Array:
-        """Variations of parents: steps of many sizes, in some coordinates or along the ridge."""
-        chosen = parents[rng.integers(len(parents), size=count)]
-        span = np.array([a.bounds[1] - a.bounds[0] for a in self.space.axes])
-        scale = width * 0.3 * 10.0 ** rng.uniform(-1.5, 0.0, (count, 1))
-        moved = rng.random(chosen.shape) < np.maximum(0.5, rng.random((count, 1)))
-        children: Array = chosen + moved * scale * span * rng.standard_normal(chosen.shape)
-        for j, axis in enumerate(self.space.axes):
-            if axis.nominal:
-                swap = rng.random(count) < 0.2
-                children[:, j] = np.where(swap, axis.uniform(rng, count), chosen[:, j])
-        if self.space.ridge is not None:
-            b, lr = self.space.ridge
-            theta = self.posterior.theta[rng.integers(len(self.posterior.theta), size=count)]
-            children[:, b] = self.space.axes[b].snapped(children[:, b])
-            children[:, lr] += ridge(children[:, b], theta[:, 0], theta[:, 1])
-            children[:, lr] -= ridge(chosen[:, b], theta[:, 0], theta[:, 1])
-        return children
-
-    def _log_improvement(self, candidates: Array, incumbent: Array) -> Array:
-        mean, sd = self.posterior.predict(self.points(candidates))
-        each = log_expected_improvement((incumbent[:, None] - mean) / sd, sd)
-        together: Array = logsumexp(each, axis=0)
-        return together
 
     def points(self, coordinates: Array) -> Points:
         """Coordinates (N, P) as the model wants them."""
@@ -167,19 +109,23 @@ class Fit:
         b, lr = self.space.ridge or (0, 0)
         return Points(coordinates[:, b], coordinates[:, lr], other)
 
+    def _explored(
+        self, observed: Observations, rng: np.random.Generator, effort: Effort, old: Array | None
+    ) -> Array:
+        if old is None or old.shape != (effort.walkers, self.model.size):
+            fresh = rng.standard_normal((effort.walkers, self.model.size))
+            return explore(self.model, observed, fresh, rng, effort.fresh_sweeps)
+        # The price of a sweep grows with the third power of n.
+        if rng.random() < self.share**2:
+            return explore(self.model, observed, old, rng, effort.sweeps)
+        return old
 
-def log_expected_improvement(z: Array, sd: Array) -> Array:
-    """Ln E[max(improvement, 0)], exact far into the tail (Ament 2023, arXiv 2310.20708).
-
-    Args:
-        z: Distance by which the mean is better than the incumbent, in standard deviations.
-        sd: Standard deviation.
-    """
-    near = np.maximum(z, -1.0)
-    density = np.exp(-0.5 * near * near) / math.sqrt(2.0 * math.pi)
-    log_near = np.log(density + near * ndtr(near))
-    far = np.minimum(z, -1.0)
-    mills = np.maximum(1.0 + math.sqrt(math.pi / 2) * far * erfcx(-far / math.sqrt(2)), 1e-300)
-    log_mills = np.where(far < -1e3, -2.0 * np.log(-far), np.log(mills))
-    log_far = -0.5 * far * far - 0.5 * math.log(2 * math.pi) + log_mills
-    return np.where(z > -1.0, log_near, log_far) + np.log(sd)
+    def _believe(self, observed: Observations) -> None:
+        """Take running trials to end as predicted: what they take away is uncertainty."""
+        expected = self.posterior.predict(self.points(self.running))[0].mean(0)
+        everything = Observations(
+            self.points(np.concatenate([self.tried, self.running])),
+            np.concatenate([observed.values, expected]),
+            np.concatenate([observed.doubts, np.zeros(len(self.running))]),
+        )
+        self.posterior = Posterior(self.model, self.posterior.w, everything)

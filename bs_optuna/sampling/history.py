@@ -17,6 +17,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from bs_optuna.sampling import attributes
+from bs_optuna.science.prior import ScalingPrior
+
 
 Array = NDArray[np.float64]
 
@@ -74,8 +77,6 @@ def read(
     trials: Sequence[FrozenTrial],
     directions: Sequence[StudyDirection],
     names: Collection[str],
-    *,
-    apart_from: int | None = None,
 ) -> History:
     """The history of the trials that have all of the named parameters.
 
@@ -83,10 +84,9 @@ def read(
         trials: All trials of the study.
         directions: One for each objective.
         names: Parameters that the model sees.
-        apart_from: Number of the trial that is about to be sampled.
     """
     signs = np.array([-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in directions])
-    able = [t for t in trials if t.number != apart_from and all(n in t.params for n in names)]
+    able = [t for t in trials if all(n in t.params for n in names)]
     lost = _typical_loss_after(able, float(signs[0]))
     tried = {_key(t, names) for t in able if t.state in (TrialState.COMPLETE, TrialState.PRUNED)}
     numbers, params, values, doubts = [], [], [], []
@@ -172,6 +172,13 @@ def scalarised(values: Array, rng: np.random.Generator) -> Array:
     weighted[~usable] = math.inf
     norm: Array = weighted.max(1) + 0.05 * weighted.sum(1)
     return norm
+
+
+def informed(prior: ScalingPrior, trials: Iterable[FrozenTrial]) -> ScalingPrior:
+    """The prior after the gradient noise scales that trials have measured."""
+    readings = [t.user_attrs.get(attributes.NOISE_SCALE) for t in trials]
+    usable = [r for r in readings if isinstance(r, int | float) and math.isfinite(r) and r > 0]
+    return prior.with_noise_scale(float(np.median(usable))) if usable else prior
 
 
 def _typical_loss_after(trials: Iterable[FrozenTrial], sign: float) -> dict[int, float]:

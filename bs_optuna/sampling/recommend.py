@@ -114,7 +114,8 @@ def recommend(
         )
     seen = history.read(trials, study.directions, [axis.name for axis in space.axes])
     rng = np.random.default_rng(seed)
-    fit = Fit(space, _prior(study, prior), seen, rng, effort=THOROUGH)
+    belief = history.informed(_prior(study, prior), trials)
+    fit = Fit(space, belief, seen, rng, effort=THOROUGH)
     sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
     return _Answer(fit, seen, trials, rng, sign).at(batch_size)
 

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
+from optuna.distributions import IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from bs_optuna.errors import ConfigError
 from bs_optuna.sampling import history
+from bs_optuna.sampling.acquisition import suggest
+from bs_optuna.sampling.cost import measured
 from bs_optuna.sampling.fit import QUICK
 from bs_optuna.sampling.fit import Fit
 from bs_optuna.sampling.space import Space
@@ -40,6 +43,10 @@ class CoupledSampler(BaseSampler):
         learning_rate: Name of the learning rate in the objective.
         reference: A batch size and a learning rate known to work; the first trial, if they are in
             range.
+        cost: User attribute that holds what a trial cost, such as "seconds" (which falls back to
+            the trial's duration). Expected improvement is then divided by the expected cost to a
+            power that falls from 1 towards 0 with the number of trials: cheap settings first, the
+            best one in the end. None counts every trial as equally expensive.
         seed: Makes suggestions repeatable.
 
     Raises:
@@ -53,6 +60,7 @@ class CoupledSampler(BaseSampler):
         batch_size: str = "batch_size",
         learning_rate: str = "lr",
         reference: tuple[float, float] | None = None,
+        cost: str | None = None,
         seed: int | None = None,
     ) -> None:
         if batch_size == learning_rate:
@@ -63,6 +71,7 @@ class CoupledSampler(BaseSampler):
         self._prior = belief if reference is None else belief.with_reference(*reference)
         self._batch_size = batch_size
         self._learning_rate = learning_rate
+        self._cost = cost
         self._entropy = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._walkers: Array | None = None
         self._warned: set[str] = set()
@@ -86,23 +95,17 @@ class CoupledSampler(BaseSampler):
             return {}
         space = self._space(search_space)
         rng = self._rng(trial)
-        known = _known(trial)
-        fixed = {
-            j: axis.coordinate(known[axis.name])
-            for j, axis in enumerate(space.axes)
-            if axis.name in known
-        }
-        seen = history.read(
-            study.get_trials(deepcopy=False),
-            study.directions,
-            search_space,
-            apart_from=trial.number,
-        )
+        fixed = space.fixed(_known(trial))
+        trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        seen = history.read(trials, study.directions, search_space)
+        prior = history.informed(self._prior, trials)
         if len(seen) < _START_TRIALS:
-            return space.params(start_point(space, self._prior, trial.number, rng, fixed))
-        fit = Fit(space, self._prior, seen, rng, effort=QUICK, walkers=self._walkers)
+            taken = space.coordinates([*seen.params, *seen.running])
+            return space.params(start_point(space, prior, trial.number, rng, fixed, taken))
+        fit = Fit(space, prior, seen, rng, effort=QUICK, walkers=self._walkers)
         self._walkers = fit.walkers
-        return space.params(fit.suggest(rng, fixed))
+        costs = {} if self._cost is None else measured(trials, self._cost)
+        return space.params(suggest(fit, rng, fixed, costs))
 
     def sample_independent(
         self,
@@ -113,17 +116,27 @@ class CoupledSampler(BaseSampler):
     ) -> Any:
         """Suggest one parameter that the shared model cannot: at the start, or conditional."""
         rng = self._rng(trial, param_name)
-        known = _known(trial)
-        ridge = (self._batch_size, self._learning_rate)
-        company = {n: d for n, d in trial.distributions.items() if n in ridge and n in known}
-        space = self._space({**company, param_name: param_distribution})
         if any(t.state.is_finished() for t in study.get_trials(deepcopy=False)):
             self._warn_once(param_name)
-            return space.params(space.uniform(rng, 1)[0])[param_name]
-        fixed = {
-            j: a.coordinate(known[a.name]) for j, a in enumerate(space.axes) if a.name in known
-        }
-        return space.params(start_point(space, self._prior, trial.number, rng, fixed))[param_name]
+            alone = self._space({param_name: param_distribution})
+            return alone.params(alone.uniform(rng, 1)[0])[param_name]
+        space = self._space({**self._company(trial, param_name), param_name: param_distribution})
+        fixed = space.fixed(_known(trial))
+        point = start_point(space, self._prior, trial.number, rng, fixed, space.coordinates([]))
+        return space.params(point)[param_name]
+
+    def _company(self, trial: FrozenTrial, name: str) -> dict[str, BaseDistribution]:
+        """What a parameter suggested alone has to fit: batch size for lr, and the reverse.
+
+        If the learning rate comes first, its batch size is the reference's, unless it was enqueued.
+        """
+        ridge = (self._batch_size, self._learning_rate)
+        company = {n: d for n, d in trial.distributions.items() if n in ridge and n != name}
+        if name == self._learning_rate and self._batch_size not in company:
+            sizes = [self._prior.reference_batch_size, _known(trial).get(self._batch_size)]
+            numbers = [round(b) for b in sizes if isinstance(b, int | float) and b >= 1] or [1]
+            company[self._batch_size] = IntDistribution(min(numbers), max(numbers), log=True)
+        return company
 
     def _warn_once(self, name: str) -> None:
         if name not in self._warned:

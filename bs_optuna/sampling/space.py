@@ -128,6 +128,19 @@ class Axis:
         low, high = self.bounds
         return self.snapped(rng.uniform(low, high, count))
 
+    def scaled(self, coordinates: Array) -> Array:
+        """Features (N, k) of coordinates (N,).
+
+        A number is scaled to [-1, 1]; a nominal parameter has one column for each choice, two
+        different choices being as far apart as the ends of half a range.
+        """
+        if self.nominal:
+            assert self.levels is not None
+            hot: Array = (coordinates[:, None] == np.array(self.levels)) / math.sqrt(2.0)
+            return hot
+        low, high = self.bounds
+        return (2.0 * coordinates[:, None] - low - high) / max(high - low, 1e-12)
+
 
 class Space:
     """The parameters of a study that one model sees together.
@@ -163,6 +176,14 @@ class Space:
         rows = [[axis.coordinate(row[axis.name]) for axis in self.axes] for row in params]
         return np.array(rows, dtype=float).reshape(len(params), len(self.axes))
 
+    def fixed(self, params: Mapping[str, Any]) -> dict[int, float]:
+        """Coordinates of the parameters that are given, by the number of their axis."""
+        return {
+            j: axis.coordinate(params[axis.name])
+            for j, axis in enumerate(self.axes)
+            if axis.name in params
+        }
+
     def params(self, coordinates: Array) -> dict[str, Any]:
         """Parameter values at the coordinates of one point, (P,)."""
         return {
@@ -188,28 +209,19 @@ class Space:
     def features(self, coordinates: Array) -> tuple[Array, NDArray[np.int_]]:
         """Features of the parameters off the ridge, and which parameter each belongs to.
 
-        Numbers are scaled to [-1, 1]; a nominal parameter becomes one column for each choice, two
-        different choices being as far apart as the ends of half a range.
-
         Returns:
             Arrays of shapes (N, D) and (D,).
         """
-        columns, owners = [], []
-        for j, axis in enumerate(self.axes):
-            if self.ridge is not None and j in self.ridge:
-                continue
-            low, high = axis.bounds
-            if axis.nominal:
-                assert axis.levels is not None
-                hot = coordinates[:, j, None] == np.array(axis.levels)
-                columns.append(hot / math.sqrt(2.0))
-                owners += [j] * len(axis.levels)
-            else:
-                columns.append((2.0 * coordinates[:, [j]] - low - high) / (high - low))
-                owners.append(j)
-        if not columns:
+        off = [j for j in range(len(self.axes)) if self.ridge is None or j not in self.ridge]
+        if not off:
             return np.zeros((len(coordinates), 0)), np.zeros(0, dtype=int)
-        return np.concatenate(columns, axis=1), np.array(owners)
+        blocks = [self.axes[j].scaled(coordinates[:, j]) for j in off]
+        return np.concatenate(blocks, axis=1), np.repeat(off, [b.shape[1] for b in blocks])
+
+    def scaled(self, coordinates: Array) -> Array:
+        """Features of all parameters, (N, D)."""
+        blocks = [axis.scaled(coordinates[:, j]) for j, axis in enumerate(self.axes)]
+        return np.concatenate(blocks, axis=1)
 
 
 def _round_levels(low: int, high: int) -> tuple[float, ...] | None:

@@ -18,6 +18,7 @@ Array = NDArray[np.float64]
 
 # Batch sizes of the first trials, in half ranges from the reference: a quarter of the range up and
 # down. Further ones, where results are slow to come, fill the range.
+_TRIES = 32
 _WALK = (0.0, 0.5, -0.5)
 
 
@@ -37,6 +38,7 @@ def start_point(
     index: int,
     rng: np.random.Generator,
     fixed: Mapping[int, float],
+    taken: Array,
 ) -> Array:
     """Coordinates (P,) of the trial with that number before any model.
 
@@ -45,8 +47,25 @@ def start_point(
         prior: The belief about the ridge, not yet anchored.
         index: Number of the trial.
         rng: Its random numbers.
-        fixed: Coordinates that are given already, by their index.
+        fixed: Coordinates that are given already, by the number of their axis.
+        taken: Points tried or running, (n, P); avoided where the space is large enough.
     """
+    point = _walk(space, prior, index, rng, fixed)
+    for _ in range(_TRIES):
+        if not (np.abs(taken - space.snapped(point[None])) < 1e-9).all(1).any():
+            break
+        point = space.uniform(rng, 1)[0]
+        point[list(fixed)] = list(fixed.values())
+    return point
+
+
+def _walk(
+    space: Space,
+    prior: ScalingPrior,
+    index: int,
+    rng: np.random.Generator,
+    fixed: Mapping[int, float],
+) -> Array:
     point = space.middle() if index == 0 else space.uniform(rng, 1)[0]
     for j, coordinate in fixed.items():
         point[j] = coordinate

@@ -30,6 +30,18 @@ Array = NDArray[np.float64]
 
 # A learning rate off by a factor of five is about as bad as a middling setting.
 _RIDGE_UNIT = math.log(5.0)
+# Normal priors, mean and standard deviation, of the logarithms of: lengths of z, of u and of
+# another parameter (in units of half its range: most functions bend once or twice over a
+# range); amplitude of what no basis function explains (values have deviation 1); and noise.
+_LENGTH_Z = (math.log(0.8), 0.6)
+_LENGTH_U = (0.0, 0.6)
+_LENGTH_OTHER = (0.0, 0.8)
+_AMPLITUDE = (math.log(0.7), 0.5)
+_NOISE = (math.log(0.03), 1.0)
+# Deviation of the weights of the valley (mean 1: where lr is wrong, training is worse) and of its
+# tilt (too large a learning rate may be worse than too small a one, or the reverse).
+_VALLEY_SD = 1.0
+_TILT_SD = 0.7
 _JITTER = 1e-6
 _SQRT5 = math.sqrt(5.0)
 
@@ -85,10 +97,10 @@ class Model:
         nominal: NDArray[np.bool_],
     ) -> None:
         self._anchor = anchor
-        self._groups = np.unique(owners, return_inverse=True)[1] if len(owners) else owners
+        groups, self._groups = np.unique(owners, return_inverse=True)
         self._numeric = ~nominal
-        count = len(np.unique(owners))
-        total = count + (2 if anchor else 0)
+        count = len(groups)
+        self._total = max(count + (2 if anchor else 0), 1)
         mean: list[float] = []
         sd: list[float] = []
         if anchor is not None and log_batch_sizes is not None:
@@ -97,12 +109,12 @@ class Model:
             sd += [anchor.exponent_sd, anchor.log_critical_sd, anchor.log_learning_rate_sd]
         # Lengths grow with the square root of the number of parameters, so that functions stay
         # as smooth along a diagonal (Hvarfner 2024, arXiv 2402.02229).
-        growth = 0.5 * math.log(max(total, 2) / 2.0)
+        growth = 0.5 * math.log(max(self._total, 2) / 2.0)
         if anchor is not None:
-            mean += [math.log(0.8) + growth, growth]
-            sd += [0.6, 0.6]
-        mean += [growth] * count + [math.log(0.5), math.log(0.03)]
-        sd += [0.8] * count + [0.5, 1.0]
+            mean += [_LENGTH_Z[0] + growth, _LENGTH_U[0] + growth]
+            sd += [_LENGTH_Z[1], _LENGTH_U[1]]
+        mean += [_LENGTH_OTHER[0] + growth] * count + [_AMPLITUDE[0], _NOISE[0]]
+        sd += [_LENGTH_OTHER[1]] * count + [_AMPLITUDE[1], _NOISE[1]]
         self._mean, self._sd = np.array(mean), np.array(sd)
 
     @property
@@ -117,27 +129,27 @@ class Model:
     def inputs(self, theta: Array, points: Points) -> tuple[Array, Array, Array]:
         """Scaled inputs (S, N, D+2), basis (S, N, P) and mean (S, N) at each sample."""
         n, s = len(points), len(theta)
-        columns = [np.broadcast_to(points.other, (s, n, points.other.shape[1]))]
-        basis = [np.ones((s, n, 1)), 0.7 * columns[0], 0.7 * columns[0][..., self._numeric] ** 2]
-        mean = np.zeros((s, n))
-        k = 0
+        other = np.broadcast_to(points.other, (s, n, points.other.shape[1]))
+        # All slopes together have about the variance of the values; curvatures are half as large.
+        slope = 1.0 / math.sqrt(self._total)
+        basis = [np.ones((s, n, 1)), slope * other, 0.5 * slope * other[..., self._numeric] ** 2]
+        columns, mean, k = [other], np.zeros((s, n)), 0
         if self._anchor is not None:
             origin = self._anchor.log_batch_size
-            a, bc, offset = theta[:, [0]], theta[:, [1]], theta[:, [2]]
-            rho = ridge(points.log_batch_size, a, bc) - ridge(np.array([origin]), a, bc)
+            a, critical, offset = theta[:, [0]], theta[:, [1]], theta[:, [2]]
+            rho = ridge(points.log_batch_size, a, critical) - ridge(np.array([origin]), a, critical)
             centre = self._anchor.log_learning_rate + offset + rho
             z = (points.log_learning_rate - centre) / _RIDGE_UNIT
             u = np.broadcast_to((points.log_batch_size - origin) / self._half, z.shape)
-            bowl = np.log1p(z * z)
-            mean = bowl
-            basis += [np.stack([u, u * u, bowl, 0.5 * z], axis=-1)]
-            columns = [np.stack([z, u], axis=-1), *columns]
-            k = 3
+            # A valley along the ridge: its weight has mean 1, so this is also the prior mean.
+            mean = np.log1p(z * z)
+            basis.append(
+                np.stack([slope * u, 0.5 * slope * u * u, _VALLEY_SD * mean, _TILT_SD * z], axis=-1)
+            )
+            columns, k = [np.stack([z, u], axis=-1), other], 3
         lengths = np.exp(theta[:, k:-2])
         first = 2 if self._anchor is not None else 0
-        per_feature = np.concatenate(
-            [lengths[:, :first], lengths[:, first + self._groups]], axis=1
-        )
+        per_feature = np.concatenate([lengths[:, :first], lengths[:, first + self._groups]], axis=1)
         scaled = np.concatenate(columns, axis=-1) / per_feature[:, None, :]
         return scaled, np.concatenate(basis, axis=-1), mean
 

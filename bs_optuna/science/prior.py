@@ -133,6 +133,23 @@ class ScalingPrior:
             learning_rate_log_sd=LOG_3,
         )
 
+    def with_noise_scale(self, noise_scale: float) -> ScalingPrior:
+        """The same belief after a measured gradient noise scale, a guide to Bc within 3x.
+
+        Raises:
+            ConfigError: The noise scale is not positive.
+        """
+        _require_positive("noise_scale", noise_scale)
+        before, after = self.critical_batch_size_log_sd**-2, LOG_3**-2
+        mean = math.log(noise_scale)
+        if self.critical_batch_size is not None:
+            mean = (before * math.log(self.critical_batch_size) + after * mean) / (before + after)
+        return replace(
+            self,
+            critical_batch_size=math.exp(mean),
+            critical_batch_size_log_sd=(before + after) ** -0.5,
+        )
+
     def anchored_in(
         self, batch_sizes: tuple[float, float], learning_rates: tuple[float, float]
     ) -> Anchor:

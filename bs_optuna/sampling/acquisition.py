@@ -1,0 +1,130 @@
+"""The point to try next: expected improvement, averaged over hyper-parameters, near the ridge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import erfcx
+from scipy.special import logsumexp
+from scipy.special import ndtr
+
+from bs_optuna.sampling.cost import log_penalty
+from bs_optuna.sampling.fit import Fit
+from bs_optuna.science.prior import ridge
+
+
+Array = NDArray[np.float64]
+
+# The belief about the ridge weighs on the choice like this many trials, as many as the start took;
+# it fades as 1/n (piBO, Hvarfner 2022, arXiv 2204.11051) and never forbids anything.
+_BELIEF_TRIALS = 3.0
+# However good the anchor, a learning rate within a factor of five is hardly held against a point.
+_BELIEF_SD = math.log(5.0)
+# Starting points of the search, tried ones included, and how often the best are varied again.
+_CANDIDATES = 256
+_PARENTS = 6
+_ROUNDS = 4
+_STEP = 0.3  # of a range, the largest of the steps; the smallest is a thirtieth of it
+
+
+def suggest(
+    fit: Fit, rng: np.random.Generator, fixed: Mapping[int, float], costs: Mapping[int, float]
+) -> Array:
+    """The point (P,) to try next.
+
+    Args:
+        fit: The model of the study.
+        rng: Random numbers.
+        fixed: Coordinates that are given already, by the number of their axis.
+        costs: Cost by trial number, where improvement is to be had per cost.
+    """
+    known = fit.posterior.predict(fit.points(fit.tried))[0]
+    parents = fit.tried[np.argsort(known.mean(0))[:_PARENTS]]
+    count = max(int(_CANDIDATES * fit.share), _CANDIDATES // 4)
+    fresh = np.concatenate([fit.space.uniform(rng, count), _varied(fit, parents, rng, count)])
+    fresh = _allowed(fit, fresh, fixed)
+    incumbent = known.min(1)
+    if fixed:  # the best that this trial can hope for may be far from the best of all
+        incumbent = fit.posterior.predict(fit.points(fresh))[0].min(1)
+    candidates, scores = fresh, _score(fit, fresh, incumbent, costs)
+    for _ in range(_ROUNDS):
+        parents = candidates[np.argsort(-scores)[:_PARENTS]]
+        fresh = _allowed(fit, _varied(fit, parents, rng, count // 2, _STEP), fixed)
+        candidates = np.concatenate([candidates, fresh])
+        scores = np.concatenate([scores, _score(fit, fresh, incumbent, costs)])
+    best: Array = candidates[scores.argmax()]
+    return best
+
+
+def log_expected_improvement(z: Array, sd: Array) -> Array:
+    """The logarithm of E[max(improvement, 0)], exact far into the tail (Ament, arXiv 2310.20708).
+
+    Args:
+        z: Distance by which the mean is better than the incumbent, in standard deviations.
+        sd: Standard deviation.
+    """
+    near = np.maximum(z, -1.0)
+    density = np.exp(-0.5 * near * near) / math.sqrt(2.0 * math.pi)
+    log_near = np.log(density + near * ndtr(near))
+    far = np.minimum(z, -1.0)
+    mills = np.maximum(1.0 + math.sqrt(math.pi / 2) * far * erfcx(-far / math.sqrt(2)), 1e-300)
+    log_mills = np.where(far < -1e3, -2.0 * np.log(-far), np.log(mills))
+    log_far = -0.5 * far * far - 0.5 * math.log(2 * math.pi) + log_mills
+    return np.where(z > -1.0, log_near, log_far) + np.log(sd)
+
+
+def _score(fit: Fit, candidates: Array, incumbent: Array, costs: Mapping[int, float]) -> Array:
+    mean, sd = fit.posterior.predict(fit.points(candidates))
+    # A model of many parameters is too sure of itself after few trials; as in the confidence
+    # bounds of GP-UCB (Srinivas 2010), exploration grows with the root of their number.
+    sd = sd * math.sqrt(max(1.0, len(fit.space.axes) / 2.0))
+    score: Array = logsumexp(log_expected_improvement((incumbent[:, None] - mean) / sd, sd), axis=0)
+    score -= log_penalty(fit.space, fit.tried, fit.numbers, costs, candidates)
+    if fit.anchor is not None and fit.space.ridge is not None:
+        b, lr = fit.space.ridge
+        here = np.append(candidates[:, b], fit.anchor.log_batch_size)
+        rho = ridge(here, fit.anchor.exponent, fit.anchor.log_critical)
+        off = candidates[:, lr] - fit.anchor.log_learning_rate - rho[:-1] + rho[-1]
+        sd_off = max(fit.anchor.log_learning_rate_sd, _BELIEF_SD)
+        score -= _BELIEF_TRIALS / len(fit.tried) * 0.5 * (off / sd_off) ** 2
+    return score
+
+
+def _allowed(fit: Fit, candidates: Array, fixed: Mapping[int, float]) -> Array:
+    """Candidates that may be suggested, without those tried or running already."""
+    candidates = fit.space.snapped(candidates)
+    for j, coordinate in fixed.items():
+        candidates[:, j] = coordinate
+    taken = np.concatenate([fit.tried, fit.running])
+    new: NDArray[np.bool_] = ~(np.abs(candidates[:, None] - taken) < 1e-9).all(-1).any(-1)
+    return candidates[new] if new.any() else candidates
+
+
+def _varied(
+    fit: Fit, parents: Array, rng: np.random.Generator, count: int, width: float = 1.0
+) -> Array:
+    """Variations of parents (count, P): half of them steps of many sizes, half a few leaps.
+
+    A change of batch size takes the learning rate along the ridge.
+    """
+    axes = fit.space.axes
+    chosen = parents[rng.integers(len(parents), size=count)]
+    span = np.array([axis.bounds[1] - axis.bounds[0] for axis in axes])
+    size = width * _STEP * 10.0 ** rng.uniform(-1.5, 0.0, (count, 1))
+    moved = rng.random(chosen.shape) < np.maximum(0.5, rng.random((count, 1)))
+    stepped = chosen + moved * size * span * rng.standard_normal(chosen.shape)
+    redrawn = rng.random(chosen.shape) < 2.0 / len(axes)
+    leapt = np.where(redrawn, fit.space.uniform(rng, count), chosen)
+    nominal = np.array([axis.nominal for axis in axes])
+    children: Array = np.where(rng.random((count, 1)) < 0.5, leapt, stepped)
+    children = np.where(nominal, leapt, children)
+    if fit.space.ridge is not None:
+        b, lr = fit.space.ridge
+        theta = fit.posterior.theta[rng.integers(len(fit.posterior.theta), size=count)]
+        children[:, b] = axes[b].snapped(children[:, b])
+        children[:, lr] += ridge(children[:, b], theta[:, 0], theta[:, 1])
+        children[:, lr] -= ridge(chosen[:, b], theta[:, 0], theta[:, 1])
+    return children

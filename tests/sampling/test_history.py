@@ -1,0 +1,102 @@
+"""What finished, pruned and failed trials say."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from optuna.distributions import FloatDistribution
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
+from bs_optuna.sampling import history
+
+
+LR = {"lr": FloatDistribution(1e-5, 1e-1, log=True)}
+DOWN = [StudyDirection.MINIMIZE]
+
+
+def trial(number: int, lr: float, state: TrialState, **details: object) -> FrozenTrial:
+    made = optuna.create_trial(
+        state=state,
+        params={"lr": lr},
+        distributions=LR,
+        **details,  # type: ignore[arg-type]
+    )
+    made.number = number
+    return made
+
+
+def test_a_pruned_trial_counts_as_its_last_value_and_what_others_gained_after_it() -> None:
+    trials = [
+        trial(0, 1e-3, TrialState.COMPLETE, value=2.0, intermediate_values={1: 5.0, 2: 3.0}),
+        trial(1, 2e-3, TrialState.COMPLETE, value=2.5, intermediate_values={1: 5.0, 2: 3.0}),
+        trial(2, 1e-2, TrialState.PRUNED, intermediate_values={1: 6.0}),
+        trial(3, 1e-1, TrialState.PRUNED),
+    ]
+    seen = history.read(trials, DOWN, ["lr"])
+    np.testing.assert_allclose(seen.values[:, 0], [2.0, 2.5, 6.0 - 2.75, math.inf])
+    assert (seen.doubts[2:] > 0).all()
+
+
+def test_a_failed_trial_is_superseded_by_its_retry() -> None:
+    failed, other = trial(0, 1e-3, TrialState.FAIL), trial(1, 1e-2, TrialState.FAIL)
+    retry = trial(2, 1e-3, TrialState.COMPLETE, value=2.0)
+    seen = history.read([failed, other, retry], DOWN, ["lr"])
+    assert seen.numbers == [1, 2]
+    assert seen.values[0, 0] == math.inf
+
+
+def test_a_violated_constraint_makes_the_value_worthless() -> None:
+    good = trial(0, 1e-3, TrialState.COMPLETE, value=2.0, constraints={"memory": -1.0})
+    bad = trial(1, 1e-2, TrialState.COMPLETE, value=1.0, constraints={"memory": 1.0})
+    assert history.read([good, bad], DOWN, ["lr"]).values.tolist() == [[2.0], [math.inf]]
+
+
+def test_shared_space_ignores_trials_that_broke_off_early() -> None:
+    early = optuna.create_trial(state=TrialState.FAIL)
+    full = trial(1, 1e-3, TrialState.COMPLETE, value=1.0)
+    assert history.shared_space([full, early]) == LR
+    assert history.shared_space([early]) == {}
+
+
+finite = arrays(np.float64, st.integers(1, 12), elements=st.floats(-1e3, 1e3))
+
+
+@given(finite, st.floats(0.1, 10.0), st.floats(-100.0, 100.0))
+def test_scale_ignores_units(values: np.ndarray, factor: float, shift: float) -> None:
+    values = np.round(values, 3)
+    here = history.Scale.of(values).standardised(values)
+    moved = values * factor + shift
+    there = history.Scale.of(moved).standardised(moved)
+    np.testing.assert_allclose(here, there, atol=1e-4)
+
+
+@given(finite)
+def test_scale_keeps_the_order_and_comes_back(values: np.ndarray) -> None:
+    values = np.round(values, 3)
+    scale = history.Scale.of(values)
+    standardised = scale.standardised(values)
+    assert np.isfinite(standardised).all()
+    assert (np.diff(standardised[np.argsort(values)]) >= 0).all()
+    assert scale.restored(standardised).min() == pytest.approx(values.min(), abs=1e-6)
+
+
+def test_a_diverged_run_does_not_hide_the_others() -> None:
+    values = np.array([2.40, 2.41, 2.45, 2.50, 11.0, math.inf])
+    standardised = history.Scale.of(values).standardised(values)
+    assert np.isfinite(standardised).all()
+    assert standardised[3] - standardised[0] > 1.0
+
+
+def test_random_trade_offs_reach_both_ends_of_the_front() -> None:
+    front = np.array([[0.0, 1.0], [0.3, 0.3], [1.0, 0.0], [2.0, 2.0], [math.inf, math.inf]])
+    rng = np.random.default_rng(0)
+    best = {int(history.scalarised(front, rng).argmin()) for _ in range(200)}
+    assert best == {0, 1, 2}
