@@ -18,7 +18,6 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.trial import TrialState
 from torch import nn
 
 from bs_optuna.config import StudyConfig
@@ -113,31 +112,32 @@ def bare_evaluation(model: nn.Module, setting: dict[str, Any]) -> None:
 
 
 def study(trials: int, device: torch.device) -> list[float]:
-    """A study on SQLite, sampler and pruner included, against its trainings in a bare loop."""
+    """A study on SQLite, sampler and pruner included, against its trainings in a bare loop.
+
+    The bare training of a trial follows right after it, so that a busy machine slows both.
+    """
     task = digits.task()
+    bare = 0.0
+
+    def ended(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        nonlocal bare
+        setting = {
+            "task": task,
+            "device": device,
+            "seed": trial.number,
+            "batch_size": trial.params["batch_size"],
+            "lr": trial.params["lr"],
+            "steps": trial.user_attrs[attributes.STEPS],
+            "total": tuning.objective.budget.steps(trial.params["batch_size"]),
+        }
+        bare += seconds(lambda: bare_training(setting))
+
     with tempfile.TemporaryDirectory() as folder:
-        config = StudyConfig(
-            trials=trials, storage=f"sqlite:///{folder}/study.db", device=str(device)
-        )
-        tuning = prepare(config, task)
+        storage = f"sqlite:///{folder}/study.db"
+        tuning = prepare(StudyConfig(trials=trials, storage=storage, device=str(device)), task)
         tuning.objective.confirm(64, 1e-3, seed=0, study=tuning.study)  # warms both up
-        total = seconds(
-            lambda: tuning.run(timeout=None, started=lambda t: None, ended=lambda s, t: None)
-        )
-        settings = [
-            {
-                "task": task,
-                "device": device,
-                "seed": trial.number,
-                "batch_size": trial.params["batch_size"],
-                "lr": trial.params["lr"],
-                "steps": trial.user_attrs[attributes.STEPS],
-                "total": tuning.objective.budget.steps(trial.params["batch_size"]),
-            }
-            for trial in tuning.study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
-        ]
-    bare = sum(seconds(lambda s=setting: bare_training(s)) for setting in settings)
-    return [total, bare, total / bare]
+        both = seconds(lambda: tuning.run(timeout=None, started=lambda trial: None, ended=ended))
+    return [both - bare, bare, (both - bare) / bare]
 
 
 def answer_to_help() -> list[float]:

@@ -19,6 +19,7 @@ from bs_optuna.study.tuning import Tuning
 from bs_optuna.training.budget import Budget
 
 
+NAME_WIDTH = 21
 # What a budget can and cannot tell (Godbole et al., Deep Learning Tuning Playbook).
 _CAVEATS = {
     "samples": "equal samples favour small batches; for the fastest training compare seconds",
@@ -44,7 +45,7 @@ def summary(tuning: Tuning, conclusion: Conclusion | None) -> RenderableType:
 
 def _table(rows: Sequence[tuple[str, str]]) -> Table:
     table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
+    table.add_column(style="dim", no_wrap=True, min_width=NAME_WIDTH)
     table.add_column()
     for name, value in rows:
         table.add_row(f"  {name}", value)
@@ -55,7 +56,7 @@ def _setting_rows(tuning: Tuning, conclusion: Conclusion) -> list[tuple[str, str
     rate = f"{conclusion.learning_rate:.3g}"
     if conclusion.evidence is not None:
         low, high = conclusion.evidence.learning_rate_interval
-        rate += f"   (90 % of the evidence for the best one: {low:.2g} to {high:.2g})"
+        rate += f"   (the best one: {low:.2g} to {high:.2g}, with 90 % probability)"
     return [
         ("batch size", str(conclusion.batch_size)),
         ("learning rate", rate),

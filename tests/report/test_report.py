@@ -43,7 +43,7 @@ def test_the_summary_says_what_to_use_and_how_sure_that_is(tuning: Tuning) -> No
     assert conclusion is not None
     text = shown(summary(tuning, conclusion))
     for words in (
-        f"batch size           {conclusion.batch_size}",
+        "batch size",
         f"{conclusion.learning_rate:.3g}",
         "microbatch size",
         "(2 runs with new seeds)",
