@@ -4,8 +4,10 @@ BsOptunaError
 ├── UserError                 a mistake that the user can mend: exit status 2, no traceback
 │   ├── ConfigError           a setting: unknown key, wrong type, inverted range
 │   ├── TaskError             the task: not found, not a task, data smaller than the batch
-│   └── StudyError            the study: no database, read-only, another search space
-└── MicrobatchDoesNotFitError not even one sample fits into memory
+│   ├── StudyError            the study: no database, read-only, another search space
+│   └── UntraceableError      the task's step cannot be predicted, only run
+├── MicrobatchDoesNotFitError not even one sample fits into memory
+└── StepDoesNotFitError       the optimizer's step does not fit into memory
 """
 
 from __future__ import annotations
@@ -33,6 +35,10 @@ class StudyError(UserError):
     """A study cannot be opened, or holds something else than what was asked for."""
 
 
+class UntraceableError(UserError):
+    """A training step cannot be followed without running it."""
+
+
 class MicrobatchDoesNotFitError(BsOptunaError, MemoryError):
     """One sample does not fit into memory, so there is nothing left to back off to.
 
@@ -46,4 +52,16 @@ class MicrobatchDoesNotFitError(BsOptunaError, MemoryError):
     ) -> None:
         super().__init__(message)
         self.sizes_tried = tuple(sizes_tried)
+        self.bytes_requested = bytes_requested
+
+
+class StepDoesNotFitError(BsOptunaError, MemoryError):
+    """The optimizer's step does not fit into memory; it has left no trace.
+
+    Attributes:
+        bytes_requested: Size in bytes of the allocation that failed last, where it is known.
+    """
+
+    def __init__(self, message: str, *, bytes_requested: int | None) -> None:
+        super().__init__(message)
         self.bytes_requested = bytes_requested

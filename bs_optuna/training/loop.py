@@ -19,14 +19,12 @@ from bs_optuna.training.data import Data
 from bs_optuna.training.data import training_batches
 from bs_optuna.training.evaluation import Evaluation
 from bs_optuna.training.memory_limit import MemoryLimit
-from bs_optuna.training.oom import OutOfMemory
-from bs_optuna.training.oom import classify
-from bs_optuna.training.oom import release
 from bs_optuna.training.peak_memory import PeakMemory
 from bs_optuna.training.recipes import LONGEST_WARMUP
 from bs_optuna.training.recipes import learning_rate_factor
 from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.rungs import rungs
+from bs_optuna.training.stepping import GuardedStep
 from bs_optuna.training.task import TrainingTask
 
 
@@ -49,6 +47,8 @@ class RunSettings:
         budget: When the run ends.
         seed: Of the model's weights and the order of the data.
         microbatch_size: Most samples in a microbatch, to begin with; None is the whole batch.
+        evaluation_batch_size: Most samples in a piece of an evaluation, to begin with; None leaves
+            it to the microbatch.
         evaluations: How often to evaluate, the end included.
     """
 
@@ -57,6 +57,7 @@ class RunSettings:
     budget: Budget
     seed: int
     microbatch_size: int | None = None
+    evaluation_batch_size: int | None = None
     evaluations: int = 5
 
 
@@ -130,7 +131,8 @@ class TrainingRun:
 
         Raises:
             DivergedError: The loss is not finite.
-            MicrobatchDoesNotFitError: A single sample, or the optimizer's state, does not fit.
+            MicrobatchDoesNotFitError: A single sample does not fit.
+            StepDoesNotFitError: The optimizer's step does not fit.
         """
         self._limit.start_trial()
         self._peak.start()
@@ -167,6 +169,7 @@ class TrainingRun:
         self._model.train()
         make_optimizer = optimizer_factory(self._task.optimizer)
         self._optimizer = make_optimizer(self._model.parameters(), self._settings.learning_rate)
+        self._guarded_step = GuardedStep(self._optimizer)
         self.warmup = self._warmup()
         self._backward = AccumulatedBackward(
             self._model,
@@ -175,6 +178,8 @@ class TrainingRun:
             count=self._task.count,
         )
         pieces = max(2 * self.microbatch_size, SMALLEST_EVALUATION_BATCH)
+        if self._settings.evaluation_batch_size is not None:
+            pieces = max(1, min(pieces, self._settings.evaluation_batch_size))
         self._evaluation = Evaluation(self._task, batch_size=pieces)
 
     def _warmup(self) -> float:
@@ -201,7 +206,7 @@ class TrainingRun:
         self._optimizer.zero_grad()
         with self._limit.active():
             loss = self._gradient(inputs, targets)
-            self._update()
+            self._guarded_step()
         self.fits = self.microbatch_size
         self.samples += self._settings.batch_size
         self.steps += 1
@@ -218,26 +223,6 @@ class TrainingRun:
         self.failed_sizes += result.sizes_tried[:-1]
         self.microbatch_size = result.microbatch_size
         return result.loss
-
-    def _update(self) -> None:
-        verdict: OutOfMemory | None = None
-        try:
-            self._optimizer.step()
-        except Exception as error:
-            verdict = classify(error)
-            if verdict is None:
-                raise
-            failed = error
-        if verdict is not None:
-            release(failed)
-            # No microbatch is at work here, so a smaller one would not help; and half of the
-            # parameters may have been stepped, so the run cannot go on.
-            raise MicrobatchDoesNotFitError(
-                f"Out of memory ({verdict.kind}) in optimizer.step: its state does not fit beside "
-                "the model; use a smaller model, an optimizer with less state or more memory.",
-                sizes_tried=(),
-                bytes_requested=verdict.bytes_requested,
-            )
 
     def _check(self, loss: torch.Tensor) -> None:
         wait = self._device.type == "cpu" or self._settings.budget.unit == "seconds"

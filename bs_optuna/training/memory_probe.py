@@ -7,11 +7,9 @@ rounds and fragments.
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 import weakref
-from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bs_optuna.errors import UntraceableError
 from bs_optuna.science.memory import largest_fitting as search
 from bs_optuna.training.backward import call_model
 from bs_optuna.training.backward import moved
@@ -32,8 +31,6 @@ from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.task import TrainingTask
 
 
-_logger = logging.getLogger(__name__)
-
 # A single sample is counted as two, because BatchNorm refuses it.
 FEWEST_SAMPLES = 2
 # What a step needs beside its tensors: small blocks, Python's objects.
@@ -41,8 +38,6 @@ MARGIN_BYTES = 2**19
 MARGIN_FRACTION = 0.01
 # CUDA's allocator hands out whole blocks of this size.
 CUDA_BLOCK_BYTES = 512
-# Most samples that a convolution without oneDNN unfolds at once.
-UNFOLDED_TOGETHER = 15
 
 
 class MemoryProbe:
@@ -54,7 +49,9 @@ class MemoryProbe:
         batch_size: Samples of a whole batch, which lies in memory while its microbatches run.
 
     Raises:
-        Exception: Whatever the task's own code raises where it cannot run without values.
+        UntraceableError: The training cannot be followed without values: its code looks at them
+            (``.item()``, shapes that depend on data), or uses what has no fake counterpart. The
+            methods raise it too.
     """
 
     def __init__(self, task: TrainingTask, *, device: torch.device, batch_size: int) -> None:
@@ -65,7 +62,7 @@ class MemoryProbe:
         self._storages = _LiveStorages(self._device.type)
         sample: Any = first_samples(task.train_data, 1)
         with self._tracing():
-            self._batch = optree.tree_map(lambda leaf: _repeated(leaf, batch_size), sample)
+            self._batch = _repeated(sample, batch_size)
             with self._device:  # a fake module cannot be moved once it is made
                 self._model = task.model().train()
             # AccumulatedBackward keeps a copy of each buffer, to undo a failed attempt.
@@ -84,20 +81,42 @@ class MemoryProbe:
         """
         return max(self._first_bytes, self._step(max(microbatch_size, self._least)))
 
+    def evaluation_peak_bytes(self, size: int) -> int:
+        """Most bytes held at a time while the model is evaluated in pieces of this size."""
+        # The fused transformer layer is one operation, which does not tell what it needs inside.
+        with self._tracing(), torch.no_grad(), _without_fused_layers():
+            self._storages.peak = self._storages.live
+            inputs, targets = moved(_repeated(self._batch, size), self._device)
+            outputs = call_model(self._model.eval(), inputs)
+            for function in (self._task.loss, *self._task.metrics.values()):
+                function(outputs, targets)
+            self._model.train()
+        return self._storages.peak
+
     def largest_fitting(self, limit_bytes: int) -> int:
         """The largest microbatch size, to within 1 %, whose step stays below a limit; 0 if none.
 
         A margin is left for what cannot be predicted.
         """
-        usable = limit_bytes - MARGIN_BYTES - int(MARGIN_FRACTION * limit_bytes)
-        return search(self.peak_bytes, usable, most=self._batch_size)
+        return search(self.peak_bytes, _usable(limit_bytes), most=self._batch_size)
+
+    def largest_evaluation(self, limit_bytes: int, *, most: int) -> int:
+        """Likewise, the largest piece of at most ``most`` samples for an evaluation."""
+        return search(self.evaluation_peak_bytes, _usable(limit_bytes), most=most)
 
     @contextmanager
     def _tracing(self) -> Iterator[None]:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")  # the training itself will say it again
-            with self._fake, self._storages:
-                yield
+        try:
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+                warnings.simplefilter("ignore")  # the training itself will say it again
+                with self._fake, self._storages:
+                    yield
+        except Exception as error:
+            reason = (str(error).splitlines() or ["no reason given"])[0]
+            raise UntraceableError(
+                f"Memory cannot be predicted: {type(error).__name__}: {reason} The training needs "
+                "values, or what has no fake counterpart; run it to see what fits."
+            ) from error
 
     def _step(self, size: int) -> int:
         with self._tracing():
@@ -114,59 +133,23 @@ class MemoryProbe:
         (loss * 0.5).backward()
 
 
-def predict_peak_bytes(
-    task: TrainingTask, microbatch_size: int, *, device: torch.device, batch_size: int
-) -> int | None:
-    """Most bytes that training a task in microbatches of a size would hold at a time.
-
-    Model, gradients, optimizer state and one batch are counted, other data is not.
-
-    Args:
-        task: What would be trained.
-        microbatch_size: Samples in a microbatch.
-        device: Where it would be trained.
-        batch_size: Samples of a whole batch.
-
-    Returns:
-        None where the training cannot be followed without values: its code looks at them
-        (``.item()``, shapes that depend on data) or uses what has no fake counterpart.
-    """
-    return _advice(
-        lambda: MemoryProbe(task, device=device, batch_size=batch_size).peak_bytes(microbatch_size)
-    )
-
-
-def largest_fitting(
-    task: TrainingTask, limit_bytes: int, *, device: torch.device, batch_size: int
-) -> int | None:
-    """The largest microbatch size that is predicted to fit, 0 if a single sample is not.
-
-    Args:
-        task: What would be trained.
-        limit_bytes: What it may hold.
-        device: Where it would be trained.
-        batch_size: Samples of a whole batch.
-
-    Returns:
-        None where nothing can be predicted; see `predict_peak_bytes`.
-    """
-    return _advice(
-        lambda: MemoryProbe(task, device=device, batch_size=batch_size).largest_fitting(limit_bytes)
-    )
-
-
-def _advice(predict: Callable[[], int]) -> int | None:
+@contextmanager
+def _without_fused_layers() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        return predict()
-    except Exception as error:
-        # Whatever goes wrong here is no fault of the training, which can do without advice.
-        reason = (str(error).splitlines() or [""])[0]
-        _logger.info("no prediction of memory: %s: %s", type(error).__name__, reason)
-        return None
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def _repeated(leaf: torch.Tensor, size: int) -> torch.Tensor:
-    return torch.empty((size, *leaf.shape[1:]), dtype=leaf.dtype, device=leaf.device)
+def _usable(limit_bytes: int) -> int:
+    return limit_bytes - MARGIN_BYTES - int(MARGIN_FRACTION * limit_bytes)
+
+
+def _repeated(batch: Any, size: int) -> Any:
+    """A batch of another size."""
+    return optree.tree_map(lambda leaf: leaf.new_empty((size, *leaf.shape[1:])), batch)
 
 
 class _FakeMode(FakeTensorMode):
@@ -214,21 +197,27 @@ class _LiveStorages(TorchDispatchMode):
 
 
 def _unfolded_bytes(func: Any, args: Any, outputs: Any) -> int:
-    """What a convolution on the CPU holds beside its output when oneDNN is off; else 0.
+    """What a convolution on the CPU holds beside its output without oneDNN and NNPACK; else 0.
 
-    It unfolds each sample into a matrix of channels times kernel size by output positions, unless
-    the kernel is a single point: all samples at once if they are less than 16, one at a time from
-    there on (use_nnpack in aten/src/ATen/native/Convolution.cpp). Counted as if more samples
-    needed what 15 do, because a batch may also be cut into microbatches that small.
+    It unfolds every sample into a matrix of channels times kernel size by positions, unless it
+    only mixes channels, and copies the channels of a group (aten/src/ATen/native/Convolution.cpp,
+    ConvolutionMM2d.cpp and NaiveConvolutionTranspose2d.cpp).
     """
     if func is torch.ops.aten.convolution.default:
-        result, inputs, weight, groups = outputs, args[0], args[1], args[8]
+        result, (inputs, weight, _, stride, padding, dilation, transposed, _, groups) = (
+            outputs,
+            args,
+        )
     elif func is torch.ops.aten.convolution_backward.default:
-        result, inputs, weight, groups = args[0], args[1], args[2], args[9]
+        result, inputs, weight, _, stride, padding, dilation, transposed, _, groups = args[:10]
     else:
         return 0
-    kernel, positions = math.prod(weight.shape[2:]), math.prod(result.shape[2:])
-    if kernel == 1:
-        return 0
-    matrix = inputs.shape[1] // groups * kernel * positions * inputs.element_size()
-    return int(matrix * min(len(inputs), UNFOLDED_TOGETHER))
+    copied = (inputs.numel() + result.numel()) // groups if groups > 1 else 0
+    kernel = weight.shape[2:]
+    wide, narrow = (result, inputs) if transposed else (inputs, result)
+    unfolded = wide.shape[1] // groups * math.prod(kernel) * math.prod(narrow.shape[2:])
+    if {*kernel, *stride} == {1} and not any(padding):
+        unfolded = 0
+    elif max(dilation) == 1:  # otherwise one sample at a time
+        unfolded *= len(inputs)
+    return int((copied + unfolded) * inputs.element_size())

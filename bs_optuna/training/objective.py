@@ -26,7 +26,7 @@ from bs_optuna.training.memory_limit import memory_limit as limit_memory
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
-from bs_optuna.training.starting_size import StartingSize
+from bs_optuna.training.starting_sizes import StartingSizes
 from bs_optuna.training.task import TrainingTask
 
 
@@ -93,7 +93,7 @@ class TrainingObjective:
             self._memory_key = memory_key(
                 task, device=self.device, limit_bytes=self._limit.limit_bytes
             )
-        self._starting_size = StartingSize(
+        self._starting_sizes = StartingSizes(
             task, device=self.device, limit=self._limit, batch_size=batch_size[1]
         )
 
@@ -178,15 +178,15 @@ class TrainingObjective:
         self, batch_size: int, learning_rate: float, seed: int, known: MicrobatchBounds
     ) -> TrainingRun:
         most = min(batch_size, self._microbatch_size or batch_size)
-        if known.fits < most:
-            with _private_random_state(self.device):
-                most = known.start(most, predicted=self._starting_size.predicted)
+        with _private_random_state(self.device):
+            predicted = self._starting_sizes.predicted
         settings = RunSettings(
             batch_size=batch_size,
             learning_rate=learning_rate,
             budget=self.budget,
             seed=seed,
-            microbatch_size=most,
+            microbatch_size=known.start(most, predicted=predicted.microbatch),
+            evaluation_batch_size=predicted.evaluation,
             evaluations=EVALUATIONS,
         )
         return TrainingRun(self.task, settings, device=self.device, limit=self._limit)

@@ -1,0 +1,96 @@
+"""The sizes that a study begins with, before any has been seen to fit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from bs_optuna.errors import UntraceableError
+from bs_optuna.training.loop import SMALLEST_EVALUATION_BATCH
+from bs_optuna.training.memory_limit import MemoryLimit
+from bs_optuna.training.memory_probe import MemoryProbe
+from bs_optuna.training.task import TrainingTask
+
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FittingSizes:
+    """What is predicted to fit; 0 where a single sample does not, None where nothing is known.
+
+    Attributes:
+        microbatch: Samples in a microbatch of training.
+        evaluation: Samples in a piece of an evaluation.
+    """
+
+    microbatch: int | None = None
+    evaluation: int | None = None
+
+
+class StartingSizes:
+    """Predicts the largest sizes that fit, once, when they are first asked for.
+
+    Args:
+        task: What is trained.
+        device: Where it is trained.
+        limit: What it may use there.
+        batch_size: The largest batch. A smaller one leaves more room beside it, so that what is
+            predicted for the largest holds for all.
+    """
+
+    def __init__(
+        self, task: TrainingTask, *, device: torch.device, limit: MemoryLimit, batch_size: int
+    ) -> None:
+        self._task = task
+        self._device = device
+        self._limit = limit
+        self._batch_size = batch_size
+
+    @cached_property
+    def predicted(self) -> FittingSizes:
+        """The sizes; nothing is known without a limit, or if the task cannot be traced."""
+        available = available_bytes(self._device, self._limit.limit_bytes)
+        if available is None:
+            return FittingSizes()
+        microbatch: int | None = None
+        try:
+            with as_limited(self._device, self._limit.limit_bytes):
+                probe = MemoryProbe(self._task, device=self._device, batch_size=self._batch_size)
+                microbatch = probe.largest_fitting(available)
+                most = max(2 * self._batch_size, SMALLEST_EVALUATION_BATCH)
+                return FittingSizes(microbatch, probe.largest_evaluation(available, most=most))
+        except UntraceableError as error:
+            _logger.info("%s", error)
+            return FittingSizes(microbatch)
+
+
+def available_bytes(device: torch.device, limit_bytes: int | None) -> int | None:
+    """What a training that begins now may use of a device; None on a CPU without a limit."""
+    if device.type != "cuda":
+        return limit_bytes
+    free, _ = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - allocated
+    return free if limit_bytes is None else min(free, limit_bytes - allocated)
+
+
+@contextmanager
+def as_limited(device: torch.device, limit_bytes: int | None) -> Iterator[None]:
+    """Turns off what a limit on the CPU does; convolutions then need more memory.
+
+    See `LinuxCpuLimit`; a prediction must be made with the kernels that training will use.
+    """
+    if device.type != "cpu" or limit_bytes is None:
+        yield
+        return
+    flags = torch.backends.mkldnn.set_flags(False)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(*flags)
