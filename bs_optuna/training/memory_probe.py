@@ -28,6 +28,7 @@ from bs_optuna.training.backward import moved
 from bs_optuna.training.backward import take
 from bs_optuna.training.data import first_samples
 from bs_optuna.training.recipes import optimizer_factory
+from bs_optuna.training.stepping import GuardedStep
 from bs_optuna.training.task import TrainingTask
 
 
@@ -68,7 +69,7 @@ class MemoryProbe:
             # AccumulatedBackward keeps a copy of each buffer, to undo a failed attempt.
             self._copies = [buffer.clone() for buffer in self._model.buffers()]
             make_optimizer = optimizer_factory(task.optimizer)
-            self._optimizer = make_optimizer(self._model.parameters(), 1e-3)
+            self._update = GuardedStep(make_optimizer(self._model.parameters(), 1e-3))
         self._batch_size = batch_size
         self._least = min(FEWEST_SAMPLES, batch_size)
         self._first_bytes = self._step(self._least)
@@ -124,7 +125,7 @@ class MemoryProbe:
             part = take(self._batch, slice(0, size))
             for _ in range(2):  # only the second one finds gradients, as all after it do
                 self._backward(part)
-            self._optimizer.step()
+            self._update()
         return self._storages.peak
 
     def _backward(self, part: Any) -> None:

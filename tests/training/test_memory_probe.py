@@ -18,6 +18,7 @@ from bs_optuna.training.memory_probe import MARGIN_BYTES
 from bs_optuna.training.memory_probe import MemoryProbe
 from bs_optuna.training.process_memory import process_memory
 from bs_optuna.training.recipes import optimizer_factory
+from bs_optuna.training.stepping import GuardedStep
 
 
 CPU = torch.device("cpu")
@@ -101,11 +102,11 @@ def train(task: TrainingTask, size: int) -> None:
     )
     model = task.model()
     kept = [buffer.clone() for buffer in model.buffers()]
-    optimizer = optimizer_factory(task.optimizer)(model.parameters(), 1e-3)
+    update = GuardedStep(optimizer_factory(task.optimizer)(model.parameters(), 1e-3))
     for samples in (2, size):
         for _ in range(2):
             (task.loss(model(inputs[:samples]), targets[:samples]) / 2).backward()
-        optimizer.step()
+        update()
     del kept
 
 
