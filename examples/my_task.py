@@ -1,6 +1,6 @@
 """A task of one's own for the command line.
 
-    python -m bs_optuna.tune examples/my_task.py --trials 10 --lr 1e-3:1
+    python -m bs_optuna.tune examples/my_task.py --trials 10 --lr 1e-3:1 --batch-size 4:64
 
 Wine cultivars from 13 measurements, with SGD; judged by accuracy.
 """

@@ -46,15 +46,16 @@ def ridge_figure(
     ]
     if not complete:
         raise StudyError(f"Study {study.study_name!r} has no complete trial to draw. Run some.")
-    figure = Figure(figsize=(7.2, 4.4), dpi=160, layout="constrained")
-    axes = figure.add_subplot()
-    sizes = np.geomspace(min(c[0] for c in complete), max(c[0] for c in complete), POINTS)
-    _draw_ridge(axes, study, sorted({round(size) for size in sizes}), names)
     pruned = [
         (trial.params[names[0]], trial.params[names[1]])
         for trial in study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
         if all(name in trial.params for name in names)
     ]
+    figure = Figure(figsize=(7.2, 4.4), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    tried = [point[0] for point in (*complete, *pruned)]
+    sizes = np.geomspace(min(tried), max(tried), POINTS)
+    _draw_ridge(axes, study, sorted({round(size) for size in sizes}), names)
     if pruned:
         axes.scatter(
             [p[0] for p in pruned],
@@ -78,7 +79,7 @@ def ridge_figure(
     bar = figure.colorbar(dots, ax=axes, ticks=[0, 1], pad=0.02)
     bar.ax.set_yticklabels(["worst", "best"])
     bar.outline.set_visible(False)
-    _dress(axes, sorted({c[0] for c in complete} | {p[0] for p in pruned}))
+    _dress(axes, sorted(tried))
     return figure
 
 

@@ -188,14 +188,25 @@ class _Answer:
         )
 
     def _best_learning_rate(self, point: Array) -> tuple[float, Interval]:
-        """Best learning rate with everything else as at a point, and its interval."""
+        """Best learning rate with everything else as at a point, and its interval.
+
+        Each function drawn has its lowest point somewhere. Far beyond the data that is chance, so
+        each counts by the prior of where the best learning rate lies: within a factor of five of
+        the ridge, one standard deviation, as for the sampler.
+        """
         low, high = self._fit.space.axes[self._lr].bounds
         grid = np.linspace(low - math.log(_BEYOND), high + math.log(_BEYOND), _GRID)
         points = np.repeat(point[None], len(grid), axis=0)
         points[:, self._lr] = grid
-        draws = self._draws(points)
-        lowest = grid[draws.argmin(1)]
-        return float(np.exp(np.median(lowest))), _interval(np.exp(lowest))
+        lowest = self._draws(points).argmin(1)
+        posterior = self._fit.posterior
+        z = posterior.model.distance(posterior.theta, self._fit.points(points))
+        sample = np.repeat(np.arange(len(z)), _DRAWS)
+        weights = np.exp(-0.5 * z[sample, lowest] ** 2)
+        low, middle, high = np.exp(
+            np.quantile(grid[lowest], [0.05, 0.5, 0.95], weights=weights, method="inverted_cdf")
+        )
+        return float(middle), (float(low), float(high))
 
     def _draws(self, coordinates: Array) -> Array:
         return self._fit.posterior.draws(self._fit.points(coordinates), self._rng, _DRAWS)

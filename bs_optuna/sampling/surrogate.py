@@ -126,6 +126,16 @@ class Model:
         """Hyper-parameters of whitened ones, same shape."""
         return self._mean + self._sd * w
 
+    def distance(self, theta: Array, points: Points) -> Array:
+        """z, how far ln lr lies above the ridge, in units of ln 5; (S, N). Needs an anchor."""
+        assert self._anchor is not None
+        origin = np.array([self._anchor.log_batch_size])
+        a, critical, offset = theta[:, [0]], theta[:, [1]], theta[:, [2]]
+        rho = ridge(points.log_batch_size, a, critical) - ridge(origin, a, critical)
+        centre = self._anchor.log_learning_rate + offset + rho
+        z: Array = (points.log_learning_rate - centre) / _RIDGE_UNIT
+        return z
+
     def inputs(self, theta: Array, points: Points) -> tuple[Array, Array, Array]:
         """Scaled inputs (S, N, D+2), basis (S, N, P) and mean (S, N) at each sample."""
         n, s = len(points), len(theta)
@@ -135,12 +145,9 @@ class Model:
         basis = [np.ones((s, n, 1)), slope * other, 0.5 * slope * other[..., self._numeric] ** 2]
         columns, mean, k = [other], np.zeros((s, n)), 0
         if self._anchor is not None:
-            origin = self._anchor.log_batch_size
-            a, critical, offset = theta[:, [0]], theta[:, [1]], theta[:, [2]]
-            rho = ridge(points.log_batch_size, a, critical) - ridge(np.array([origin]), a, critical)
-            centre = self._anchor.log_learning_rate + offset + rho
-            z = (points.log_learning_rate - centre) / _RIDGE_UNIT
-            u = np.broadcast_to((points.log_batch_size - origin) / self._half, z.shape)
+            z = self.distance(theta, points)
+            u = (points.log_batch_size - self._anchor.log_batch_size) / self._half
+            u = np.broadcast_to(u, z.shape)
             # A valley along the ridge: its weight has mean 1, so this is also the prior mean.
             mean = np.log1p(z * z)
             basis.append(
