@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
@@ -10,7 +12,6 @@ import optuna
 from optuna.trial import TrialState
 from rich.console import Group
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from bs_optuna.sampling import attributes
@@ -19,7 +20,8 @@ from bs_optuna.study.tuning import Tuning
 from bs_optuna.training.budget import Budget
 
 
-NAME_WIDTH = 21
+INDENT = 23
+LINE_WIDTH = 98
 # What a budget can and cannot tell (Godbole et al., Deep Learning Tuning Playbook).
 _CAVEATS = {
     "samples": "equal samples favour small batches; for the fastest training compare seconds",
@@ -43,12 +45,20 @@ def summary(tuning: Tuning, conclusion: Conclusion | None) -> RenderableType:
     return Group(*parts)
 
 
-def _table(rows: Sequence[tuple[str, str]]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True, min_width=NAME_WIDTH)
-    table.add_column()
+def _table(rows: Sequence[tuple[str, str]]) -> Text:
+    """Names and values in two columns; no wider than the text of a book, and without a tail."""
+    table = Text()
     for name, value in rows:
-        table.add_row(f"  {name}", value)
+        start = len(table)
+        lines = textwrap.wrap(
+            value,
+            LINE_WIDTH,
+            initial_indent=f"  {name}".ljust(INDENT),
+            subsequent_indent=" " * INDENT,
+        )
+        table.append("\n".join(lines) + "\n")
+        table.stylize("dim", start, start + len(name) + 2)
+    table.right_crop(1)
     return table
 
 
@@ -111,7 +121,20 @@ def _evidence_rows(tuning: Tuning, conclusion: Conclusion | None) -> list[tuple[
     elif conclusion is not None:
         rows.append(("sure", "not at all: too few trials were completed; run more"))
     rows.append(("trials", _counts(tuning.study)))
+    if conclusion is not None:
+        rows += [("note", note) for note in _edges(tuning, conclusion)]
     return rows
+
+
+def _edges(tuning: Tuning, conclusion: Conclusion) -> list[str]:
+    """What lies at an end of its range may do better beyond it."""
+    found = []
+    for name, value in (("batch_size", conclusion.batch_size), ("lr", conclusion.learning_rate)):
+        space = tuning.objective.search_space[name]
+        for end, bound in (("lowest", space.low), ("highest", space.high)):
+            if space.low < space.high and math.isclose(value, bound, rel_tol=0.01):
+                found.append(f"{name} is the {end} that was searched; a wider range may do better")
+    return found
 
 
 def _counts(study: optuna.Study) -> str:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import optuna
 import torch
-from optuna.distributions import BaseDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 
@@ -98,7 +97,7 @@ class TrainingObjective:
         )
 
     @property
-    def search_space(self) -> dict[str, BaseDistribution]:
+    def search_space(self) -> dict[str, IntDistribution | FloatDistribution]:
         """The distributions that a trial is asked for."""
         return {
             "batch_size": IntDistribution(*self._batch_size, log=True),

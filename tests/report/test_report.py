@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -104,3 +105,14 @@ def test_the_picture_is_drawn(tuning: Tuning, tmp_path: Path) -> None:
 def test_a_study_without_results_has_no_picture() -> None:
     with pytest.raises(StudyError, match="no complete trial"):
         ridge_figure(optuna.create_study())
+
+
+def test_a_setting_at_the_edge_of_its_range_is_pointed_out(tuning: Tuning) -> None:
+    conclusion = conclude(tuning, final_runs=0)
+    assert conclusion is not None
+    at_edge = replace(conclusion, batch_size=512, learning_rate=1e-5)
+    text = shown(summary(tuning, at_edge))
+    assert "batch_size is the highest that was searched" in text
+    assert "lr is the lowest that was searched" in text
+    inside = replace(conclusion, batch_size=64, learning_rate=1e-3)
+    assert "was searched" not in shown(summary(tuning, inside))
