@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -13,6 +15,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@pytest.fixture
+def quick_collection() -> Iterator[None]:
+    """Every failure collects garbage: leaves out what was there before the test."""
+    # The first step of an optimizer imports a good part of PyTorch.
+    torch.optim.SGD([torch.ones(1)], lr=0.1).step()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,17 +16,26 @@ if TYPE_CHECKING:
     from bs_optuna.training.backward import BackwardResult as BackwardResult
     from bs_optuna.training.budget import Budget as Budget
     from bs_optuna.training.objective import TrainingObjective as TrainingObjective
+    from bs_optuna.training.stepping import GuardedStep as GuardedStep
     from bs_optuna.training.task import TrainingTask as TrainingTask
 
 _MODULES = {
     "AccumulatedBackward": "backward",
     "BackwardResult": "backward",
     "Budget": "budget",
+    "GuardedStep": "stepping",
     "TrainingObjective": "objective",
     "TrainingTask": "task",
 }
 
-__all__ = ["AccumulatedBackward", "BackwardResult", "Budget", "TrainingObjective", "TrainingTask"]
+__all__ = [
+    "AccumulatedBackward",
+    "BackwardResult",
+    "Budget",
+    "GuardedStep",
+    "TrainingObjective",
+    "TrainingTask",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -126,6 +126,9 @@ class AccumulatedBackward:
         devices = {p.device for module in self._modules for p in module.parameters()}
         self._device = devices.pop() if len(devices) == 1 else None
         self._buffer_copies: dict[int, torch.Tensor] = {}
+        if scaler is not None:
+            # It makes its tensors in the first use, and one that failed there stays half made.
+            scaler.scale(torch.zeros((), device=next(model.parameters()).device))
 
     @property
     def microbatch_size(self) -> int | None:

@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 
 from bs_optuna.errors import MicrobatchDoesNotFitError
+from bs_optuna.errors import StepDoesNotFitError
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _find_in_group(group: ExceptionGroup[Exception], seen: frozenset[int]) -> Ou
 
 def _find_own(error: Exception) -> OutOfMemory | None:
     """Judges by type and text alone."""
-    if isinstance(error, MicrobatchDoesNotFitError):
+    if isinstance(error, MicrobatchDoesNotFitError | StepDoesNotFitError):
         return OutOfMemory("device", error.bytes_requested, False, _first_line(error))
     if isinstance(error, RuntimeError):
         text = str(error)

@@ -35,7 +35,7 @@ class StepSnapshot:
         self._leaves = _leaves(modules, batch)
         self._gradients = [leaf.grad for leaf in self._leaves]
         self._buffers = _copied_buffers(modules, buffer_copies)
-        self._random = _RandomStates(self._leaves)
+        self._random = RandomStates(self._leaves)
         for leaf in self._leaves:
             leaf.grad = None
 
@@ -92,8 +92,12 @@ def _copied_buffers(
     return saved
 
 
-class _RandomStates:
-    """The states of every global generator that a forward pass may draw from."""
+class RandomStates:
+    """The states of every global generator that a pass or a step may draw from.
+
+    Args:
+        leaves: Tensors whose devices say which generators those are, beside the CPU's.
+    """
 
     def __init__(self, leaves: Sequence[torch.Tensor]) -> None:
         self._python = random.getstate()
@@ -104,6 +108,7 @@ class _RandomStates:
         self._mps = torch.mps.get_rng_state() if "mps" in types else None
 
     def restore(self) -> None:
+        """Puts every generator back."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from comparing import assert_equal
 from failing import FailingAt
 from hypothesis import given
 from hypothesis import settings
@@ -227,23 +228,6 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> l
     ])  # fmt: skip
 
 
-def assert_equal(found: Any, expected: Any) -> None:
-    assert type(found) is type(expected)
-    if isinstance(found, torch.Tensor):
-        assert torch.equal(found, expected)
-    elif isinstance(found, dict):
-        assert found.keys() == expected.keys()
-        for key in found:
-            assert_equal(found[key], expected[key])
-    elif isinstance(found, list | tuple):
-        for a, b in zip(found, expected, strict=True):
-            assert_equal(a, b)
-    elif isinstance(found, np.ndarray):
-        np.testing.assert_array_equal(found, expected)
-    else:
-        assert found == expected
-
-
 def two_steps(microbatch_size: int | None, fail_at: int | None) -> tuple[list[Any], FailingAt]:
     model, batch = network(), images()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -263,6 +247,7 @@ def two_steps(microbatch_size: int | None, fail_at: int | None) -> tuple[list[An
     return state(model, optimizer), device
 
 
+@pytest.mark.usefixtures("quick_collection")
 def test_failing_at_any_operation_of_two_steps_changes_no_bit() -> None:
     _, device = two_steps(None, None)
     first = device.marks[0]
