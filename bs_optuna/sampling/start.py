@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bs_optuna.sampling.space import Space
+from bs_optuna.science.prior import LOG_2
 from bs_optuna.science.prior import Anchor
 from bs_optuna.science.prior import ScalingPrior
 from bs_optuna.science.prior import ridge
@@ -16,10 +17,12 @@ from bs_optuna.science.prior import ridge
 
 Array = NDArray[np.float64]
 
-# Batch sizes of the first trials, in half ranges from the reference: a quarter of the range up and
-# down. Further ones, where results are slow to come, fill the range.
+# The first trials: batch size, in half ranges from the reference, and ln of the factor by which
+# the learning rate is off the believed ridge. A walk exactly on it would not tell on which side
+# the true one lies. Further trials, where results are slow to come, fill the range.
+_WALK = ((0.0, 0.0), (0.5, -LOG_2), (-0.5, LOG_2))
+# How often a point that was tried already is replaced by a random one.
 _TRIES = 32
-_WALK = (0.0, 0.5, -0.5)
 
 
 def anchored(space: Space, prior: ScalingPrior) -> Anchor | None:
@@ -74,13 +77,15 @@ def _walk(
         return point
     b, lr = space.ridge
     low, high = space.axes[b].bounds
+    if index < len(_WALK):
+        step, off = _WALK[index]
+    else:
+        step, off = rng.uniform(-1.0, 1.0), anchor.log_learning_rate_sd * rng.standard_normal()
     if b not in fixed:
-        step = _WALK[index] if index < len(_WALK) else rng.uniform(-1.0, 1.0)
         point[b] = anchor.log_batch_size + step * 0.5 * (high - low)
         point[[b]] = space.axes[b].snapped(point[[b]])
     if lr not in fixed:
         here = np.array([point[b], anchor.log_batch_size])
         rho = ridge(here, anchor.exponent, anchor.log_critical)
-        scatter = rng.standard_normal() * anchor.log_learning_rate_sd * (index >= len(_WALK))
-        point[lr] = anchor.log_learning_rate + rho[0] - rho[1] + scatter
+        point[lr] = anchor.log_learning_rate + rho[0] - rho[1] + off
     return point

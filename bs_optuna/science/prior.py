@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +64,39 @@ _TYPICAL_BATCH_SIZE = 256.0
 # At B0 the saturating law has slope a / (1 + B0/Bc): two thirds of a for the median Bc = 2 B0.
 _EXPONENT_PER_SLOPE = 1.5
 _EXPONENT_BOUNDS = (-0.2, 1.2)
+_SDS_IN_90_PERCENT = 2.0 * 1.645
+
+
+class RidgeEvidence(Protocol):
+    """What has been learned about a ridge; a Recommendation is one. Intervals hold 90 %."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per optimizer step."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The best learning rate for it."""
+
+    @property
+    def learning_rate_interval(self) -> tuple[float, float]:
+        """Where that lies."""
+
+    @property
+    def exponent(self) -> float:
+        """A."""
+
+    @property
+    def exponent_interval(self) -> tuple[float, float]:
+        """Where it lies."""
+
+    @property
+    def critical_batch_size(self) -> float:
+        """Bc in samples."""
+
+    @property
+    def critical_batch_size_interval(self) -> tuple[float, float]:
+        """Where it lies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +152,27 @@ class ScalingPrior:
             exponent_sd=sd,
             reference_batch_size=None if learning_rate is None else _TYPICAL_BATCH_SIZE,
             learning_rate=learning_rate,
+        )
+
+    @classmethod
+    def from_evidence(cls, evidence: RidgeEvidence) -> ScalingPrior:
+        """What another study has learned, such as `recommend(old_study)`, as a new one's belief.
+
+        Its intervals are widened by what a new model, data set or budget may change: the best
+        learning rate by a factor of two, the slope by 0.1, the critical batch size by e.
+        """
+        learning_rate_sd = math.hypot(_log_sd(evidence.learning_rate_interval), LOG_2)
+        low, high = evidence.exponent_interval
+        return cls(
+            exponent=min(max(evidence.exponent, _EXPONENT_BOUNDS[0]), _EXPONENT_BOUNDS[1]),
+            exponent_sd=math.hypot((high - low) / _SDS_IN_90_PERCENT, 0.1),
+            critical_batch_size=evidence.critical_batch_size,
+            critical_batch_size_log_sd=math.hypot(
+                _log_sd(evidence.critical_batch_size_interval), 1.0
+            ),
+            reference_batch_size=evidence.batch_size,
+            learning_rate=evidence.learning_rate,
+            learning_rate_log_sd=min(learning_rate_sd, LOG_3),
         )
 
     def with_reference(self, batch_size: float, learning_rate: float) -> ScalingPrior:
@@ -225,6 +280,11 @@ def ridge(log_batch_size: Array, exponent: Array | float, log_critical: Array | 
     """
     scale: Array = np.logaddexp(0.0, log_critical - log_batch_size)
     return -exponent * scale
+
+
+def _log_sd(interval: tuple[float, float]) -> float:
+    """Standard deviation of the logarithm of what lies in a 90 % interval."""
+    return math.log(interval[1] / interval[0]) / _SDS_IN_90_PERCENT
 
 
 def _require_positive(name: str, value: float) -> None:
