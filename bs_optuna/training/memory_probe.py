@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bs_optuna.errors import UntraceableError
 from bs_optuna.science.memory import largest_fitting as search
-from bs_optuna.training.backward import call_model
-from bs_optuna.training.backward import moved
-from bs_optuna.training.backward import take
+from bs_optuna.training.batches import call_model
+from bs_optuna.training.batches import moved
+from bs_optuna.training.batches import take
 from bs_optuna.training.data import first_samples
 from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.stepping import GuardedStep
@@ -34,8 +34,9 @@ from bs_optuna.training.task import TrainingTask
 
 # A single sample is counted as two, because BatchNorm refuses it.
 FEWEST_SAMPLES = 2
-# What a step needs beside its tensors: small blocks, Python's objects.
-MARGIN_BYTES = 2**19
+# What a step needs beside its tensors: an arena of Python's objects (1 MiB), some small blocks, and
+# in a large memory what the allocator cannot use.
+MARGIN_BYTES = 3 * 2**19
 MARGIN_FRACTION = 0.01
 # CUDA's allocator hands out whole blocks of this size.
 CUDA_BLOCK_BYTES = 512
@@ -145,7 +146,7 @@ def _without_fused_layers() -> Iterator[None]:
 
 
 def _usable(limit_bytes: int) -> int:
-    return limit_bytes - MARGIN_BYTES - int(MARGIN_FRACTION * limit_bytes)
+    return limit_bytes - max(MARGIN_BYTES, int(MARGIN_FRACTION * limit_bytes))
 
 
 def _repeated(batch: Any, size: int) -> Any:
