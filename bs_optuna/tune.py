@@ -49,6 +49,7 @@ def _tune(arguments: list[str]) -> int:
     options = vars(_parser().parse_args(arguments))
     verbosity: Verbosity = options.pop("verbosity")
     show_config = options.pop("show_config")
+    dry_run = options.pop("dry_run")
     target = options.pop("target", None)
     path = Path(target) if target is not None and target.endswith(".toml") else None
     if target is not None and path is None:
@@ -57,6 +58,8 @@ def _tune(arguments: list[str]) -> int:
     if show_config:
         print(config.as_toml())
         return 0
+    if dry_run:
+        return _dry_run(config)
     _prepare_process(config, arguments)
     return _run(config, arguments, verbosity)
 
@@ -85,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--show-config", action="store_true", default=False, help="print the settings and stop"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        default=False,
+        help="print what memory each batch size is predicted to take and stop",
+    )
     loudness = parser.add_mutually_exclusive_group()
     for word, text in (("quiet", "no progress"), ("verbose", "a line per trial")):
         loudness.add_argument(
@@ -101,6 +110,16 @@ def _parser() -> argparse.ArgumentParser:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {PROGRAM} --help.")
+
+
+def _dry_run(config: StudyConfig) -> int:
+    from rich.console import Console
+
+    from bs_optuna.report.forecast import forecast
+    from bs_optuna.tasks.loading import load_task
+
+    Console().print(forecast(config, load_task(config.task)))
+    return 0
 
 
 def _prepare_process(config: StudyConfig, arguments: list[str]) -> None:

@@ -118,7 +118,7 @@ def prepare(config: StudyConfig, task: TrainingTask) -> Tuning:
         learning_rate=rates,
         microbatch_size=config.microbatch_size,
         memory_limit=config.memory_limit,
-        device=_device(config.device),
+        device=device_named(config.device),
         seed=config.seed,
     )
     name = config.study or task.name
@@ -145,7 +145,12 @@ def prepare(config: StudyConfig, task: TrainingTask) -> Tuning:
     return Tuning(task, objective, study, storage, target)
 
 
-def _device(name: str) -> torch.device | None:
+def device_named(name: str) -> torch.device | None:
+    """The device of a setting; None for ``"auto"``.
+
+    Raises:
+        ConfigError: It cannot be used.
+    """
     if name == "auto":
         return None
     try:

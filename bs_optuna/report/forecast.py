@@ -1,0 +1,96 @@
+"""What a study would need of memory, batch size by batch size, as a table; nothing is trained."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from dataclasses import replace
+
+import torch
+from rich.table import Table
+
+from bs_optuna.config import StudyConfig
+from bs_optuna.errors import ConfigError
+from bs_optuna.science.accumulation import AccumulationPlan
+from bs_optuna.study.tuning import device_named
+from bs_optuna.training.memory_probe import MemoryProbe
+from bs_optuna.training.objective import default_device
+from bs_optuna.training.starting_sizes import as_limited
+from bs_optuna.training.starting_sizes import available_bytes
+from bs_optuna.training.task import TrainingTask
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a step on a batch is predicted to need.
+
+    Attributes:
+        plan: How the batch would be cut to begin with.
+        peak_bytes: Most bytes of model, gradients, optimizer state, batch and activations.
+        fits: Whether that is less than there is.
+    """
+
+    plan: AccumulationPlan
+    peak_bytes: int
+    fits: bool
+
+
+def forecast(config: StudyConfig, task: TrainingTask) -> Table:
+    """The table of the powers of two in the range of batch sizes, and of its ends.
+
+    Raises:
+        UntraceableError: The task cannot be followed without running it.
+        ConfigError: A device that is not there, or one that does not tell its memory.
+    """
+    if config.optimizer is not None:
+        task = replace(task, optimizer=config.optimizer)
+    device = device_named(config.device) or default_device()
+    memory = _memory(device, config.memory_limit)
+    with as_limited(device, config.memory_limit):
+        rows = _forecasts(config, task, device, memory)
+    kind = "limit" if config.memory_limit is not None else "memory"
+    table = Table(
+        title=f"Predicted memory of {task.name} on {device}, {kind} {_mib(memory)}",
+        title_justify="left",
+    )
+    for column in ("batch size", "microbatch size", "accumulation steps", "peak", "fits"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        numbers = (row.plan.batch_size, row.plan.microbatch_size, row.plan.accumulation_steps)
+        fits = "yes" if row.fits else "[bold red]no"
+        table.add_row(*map(str, numbers), _mib(row.peak_bytes), fits)
+    return table
+
+
+def _forecasts(
+    config: StudyConfig, task: TrainingTask, device: torch.device, memory: int
+) -> list[Forecast]:
+    low, high = config.batch_size
+    powers = {2**n for n in range(low.bit_length(), high.bit_length())}
+    most = MemoryProbe(task, device=device, batch_size=high).largest_fitting(memory)
+    most = max(1, min(most, config.microbatch_size or most))
+    found = []
+    for batch_size in sorted({low, *powers, high}):
+        plan = AccumulationPlan(batch_size, most)
+        probe = MemoryProbe(task, device=device, batch_size=batch_size)
+        peak = probe.peak_bytes(plan.microbatch_size)
+        found.append(Forecast(plan, peak, peak <= memory))
+    return found
+
+
+def _memory(device: torch.device, limit_bytes: int | None) -> int:
+    """What there is: the limit, or what the device has left, or the memory of the machine."""
+    available = available_bytes(device, limit_bytes)
+    if available is not None:
+        return available
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    raise ConfigError(
+        f"device={device}; how much memory it has is unknown here: add --memory-limit."
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

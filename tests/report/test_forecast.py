@@ -1,0 +1,103 @@
+"""The table of a dry run says what each batch size would need; nothing is trained or stored."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from bs_optuna.config import StudyConfig
+from bs_optuna.errors import ConfigError
+from bs_optuna.errors import UntraceableError
+from bs_optuna.report.forecast import forecast
+from bs_optuna.training import TrainingTask
+
+
+WIDE_TASK = Path(__file__).parents[1] / "system" / "wide_task.py"
+
+
+def make_task(**changes: Any) -> TrainingTask:
+    data = (torch.randn(512, 16), torch.zeros(512, dtype=torch.long))
+    arguments: dict[str, Any] = {
+        "name": "plain",
+        "model": lambda: nn.Sequential(nn.Linear(16, 4096), nn.ReLU(), nn.Linear(4096, 10)),
+        "train_data": data,
+        "valid_data": data,
+        "loss": nn.functional.cross_entropy,
+    }
+    return TrainingTask(**{**arguments, **changes})
+
+
+def rows(task: TrainingTask, **settings: Any) -> list[list[str]]:
+    """The cells of each row."""
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(forecast(StudyConfig(device="cpu", **settings), task))
+    lines = [line for line in capture.get().splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+def test_every_batch_size_is_cut_to_what_fits() -> None:
+    found = rows(make_task(), memory_limit="8MiB", batch_size="24:300")
+    assert [row[0] for row in found] == ["24", "32", "64", "128", "256", "300"]
+    assert all(row[4] == "yes" for row in found)
+    assert all(float(row[3].removesuffix(" MiB")) < 8 for row in found)
+    most = max(int(row[1]) for row in found)
+    assert 16 < most < 256
+    for batch_size, microbatch, steps in (map(int, row[:3]) for row in found):
+        assert steps * microbatch >= batch_size > (steps - 1) * microbatch
+        assert microbatch <= most
+
+
+def test_a_model_that_fits_with_no_microbatch_is_said_not_to() -> None:
+    found = rows(make_task(), memory_limit="1MiB", batch_size="16:32")
+    assert [row[:3] + row[4:] for row in found] == [
+        ["16", "1", "16", "no"],
+        ["32", "1", "32", "no"],
+    ]
+
+
+def test_without_a_limit_the_memory_of_the_machine_counts() -> None:
+    assert [row[1] for row in rows(make_task(), batch_size="16:64")] == ["16", "32", "64"]
+
+
+def test_the_largest_microbatch_and_the_optimizer_of_the_settings_count() -> None:
+    small, large = (
+        rows(make_task(), batch_size="64", microbatch_size=8, optimizer=name)[0]
+        for name in ("sgd", "adamw")
+    )
+    assert small[1:3] == large[1:3] == ["8", "8"]
+    assert float(small[3].removesuffix(" MiB")) < float(large[3].removesuffix(" MiB"))
+
+
+def test_a_task_that_needs_values_cannot_be_forecast() -> None:
+    loss = lambda o, t: torch.tensor(o.sum().item())  # noqa: E731
+    with pytest.raises(UntraceableError, match="run it to see what fits"):
+        forecast(StudyConfig(device="cpu"), make_task(loss=loss))
+
+
+def test_a_device_of_unknown_memory_asks_for_a_limit() -> None:
+    with pytest.raises(ConfigError, match=r"device=meta; .*add --memory-limit"):
+        forecast(StudyConfig(device="meta"), make_task())
+
+
+def test_a_dry_run_prints_the_table_and_leaves_nothing(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "bs_optuna.tune", str(WIDE_TASK), "--memory-limit", "12MiB",
+         "--device", "cpu", "--dry-run"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )  # fmt: skip
+    assert "Predicted memory of wide on cpu, limit 12.0 MiB" in run.stdout
+    assert run.stdout.count("yes") == 6
+    assert not list(tmp_path.iterdir())
