@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bs_optuna.training.backward import AccumulatedBackward as AccumulatedBackward
     from bs_optuna.training.backward import BackwardResult as BackwardResult
     from bs_optuna.training.budget import Budget as Budget
+    from bs_optuna.training.normalization import convert_batch_norm as convert_batch_norm
     from bs_optuna.training.objective import TrainingObjective as TrainingObjective
     from bs_optuna.training.stepping import GuardedStep as GuardedStep
     from bs_optuna.training.task import TrainingTask as TrainingTask
@@ -26,6 +27,7 @@ _MODULES = {
     "GuardedStep": "stepping",
     "TrainingObjective": "objective",
     "TrainingTask": "task",
+    "convert_batch_norm": "normalization",
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "GuardedStep",
     "TrainingObjective",
     "TrainingTask",
+    "convert_batch_norm",
 ]
 
 

@@ -7,19 +7,25 @@ gradient = sum_j w_j * gradient of the mean loss of microbatch j.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from typing import Literal
 
-import optree
 import torch
 from torch import nn
 
 from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.science.accumulation import AccumulationPlan
 from bs_optuna.science.accumulation import weights
+from bs_optuna.training.batches import Batch
+from bs_optuna.training.batches import batch_length
+from bs_optuna.training.batches import call_model
+from bs_optuna.training.batches import moved
+from bs_optuna.training.batches import take
+from bs_optuna.training.normalization import WholeBatchStatistics
+from bs_optuna.training.normalization import splits_batch_norm
 from bs_optuna.training.oom import OutOfMemory
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
@@ -29,7 +35,6 @@ from bs_optuna.training.snapshot import StepSnapshot
 
 _logger = logging.getLogger(__name__)
 
-Batch = tuple[Any, Any]
 LossFunction = Callable[[Any, Any], torch.Tensor]
 
 
@@ -70,8 +75,9 @@ class AccumulatedBackward:
     A batch may be on another device than the model, for instance in the memory of the host: each
     microbatch is moved to the model when its turn comes.
 
-    What microbatches cannot do: BatchNorm normalizes each microbatch by its own statistics, and a
-    loss that couples samples (in-batch negatives) is another loss on a part of the batch.
+    What microbatches cannot do: BatchNorm normalizes each microbatch by its own statistics, which a
+    warning says once (see ``batch_norm``), and a loss that couples samples (in-batch negatives) is
+    another loss on a part of the batch.
 
     Args:
         model: Called as ``model(inputs)``, ``model(*inputs)`` for a tuple and ``model(**inputs)``
@@ -87,6 +93,11 @@ class AccumulatedBackward:
         scaler: A ``torch.amp.GradScaler``; the gradients are then scaled by it, and unscaling
             before clipping is the caller's, as always.
         autocast_dtype: Runs model and loss under ``torch.autocast`` with this type.
+        batch_norm: With ``"exact"`` a split batch updates the running statistics of BatchNorm once,
+            to what the values of all its microbatches say together. Within the step each
+            microbatch is still normalized by its own statistics, so gradients, and the values
+            that reach a BatchNorm behind another one, are not those of the whole batch;
+            `convert_batch_norm` takes BatchNorm out altogether.
 
     Example:
         >>> backward = AccumulatedBackward(model, loss_fn, microbatch_size="auto")
@@ -106,6 +117,7 @@ class AccumulatedBackward:
         count: Callable[[Any, Any], int | torch.Tensor] | None = None,
         scaler: torch.amp.GradScaler | None = None,
         autocast_dtype: torch.dtype | None = None,
+        batch_norm: Literal["microbatch", "exact"] = "microbatch",
     ) -> None:
         if microbatch_size != "auto" and microbatch_size < 1:
             raise ValueError(
@@ -115,6 +127,8 @@ class AccumulatedBackward:
             raise ValueError(f"reduction={reduction!r}; must be 'mean' or 'sum'.")
         if reduction == "sum" and count is not None:
             raise ValueError("count is for reduction='mean' only; a sum needs no weights.")
+        if batch_norm not in ("microbatch", "exact"):
+            raise ValueError(f"batch_norm={batch_norm!r}; must be 'microbatch' or 'exact'.")
         self._modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
         self._model = model
         self._loss_fn = loss_fn
@@ -123,6 +137,8 @@ class AccumulatedBackward:
         self._count = count
         self._scaler = scaler
         self._autocast_dtype = autocast_dtype
+        self._exact_batch_norm = batch_norm == "exact"
+        self._warned = self._exact_batch_norm  # that microbatches change BatchNorm
         devices = {p.device for module in self._modules for p in module.parameters()}
         self._device = devices.pop() if len(devices) == 1 else None
         self._buffer_copies: dict[int, torch.Tensor] = {}
@@ -153,6 +169,8 @@ class AccumulatedBackward:
         plan = AccumulationPlan(n := batch_length(batch), min(self._limit or n, n))
         tried: list[int] = []
         while True:
+            if plan.accumulation_steps > 1 and not self._warned:
+                self._warn(plan)
             tried.append(plan.microbatch_size)
             outcome = self._attempt(plan, batch)
             if isinstance(outcome, torch.Tensor):
@@ -169,6 +187,17 @@ class AccumulatedBackward:
             plan = plan.halved()
             self._limit = plan.microbatch_limit
             _logger.info("out of memory at %d samples; now %d", tried[-1], self._limit)
+
+    def _warn(self, plan: AccumulationPlan) -> None:
+        self._warned = True
+        if splits_batch_norm(self._modules):
+            warnings.warn(
+                f"BatchNorm normalizes each microbatch of {plan.microbatch_size} samples by its "
+                f"own statistics instead of those of the batch of {plan.batch_size}. Replace it "
+                "before training with bs_optuna.training.convert_batch_norm(model), or pass "
+                "batch_norm='exact' to keep at least its running statistics those of the batch.",
+                stacklevel=3,
+            )
 
     def _attempt(self, plan: AccumulationPlan, batch: Batch) -> torch.Tensor | OutOfMemory:
         """The loss of the batch, or what ran out; then nothing is left of the attempt."""
@@ -192,14 +221,18 @@ class AccumulatedBackward:
 
     def _run(self, plan: AccumulationPlan, batch: Batch) -> torch.Tensor:
         parts = self._parts(plan, batch)
+        split = self._exact_batch_norm and plan.accumulation_steps > 1
+        statistics = WholeBatchStatistics(self._modules if split else ())
         total: torch.Tensor | None = None
         for weight, part in parts:
-            loss = self._loss(part)
+            with statistics.microbatch():
+                loss = self._loss(part)
             if weight != 1.0:
                 loss = loss * weight
             (loss if self._scaler is None else self._scaler.scale(loss)).backward()
             loss = loss.detach()
             total = loss if total is None else total + loss
+        statistics.write()
         assert total is not None  # a plan has at least one microbatch, a count at least one target
         return total
 
@@ -228,55 +261,6 @@ class AccumulatedBackward:
             return self._loss_fn(call_model(self._model, inputs), targets)
         with torch.autocast(next(self._model.parameters()).device.type, dtype=self._autocast_dtype):
             return self._loss_fn(call_model(self._model, inputs), targets)
-
-
-def call_model(model: nn.Module, inputs: Any) -> Any:
-    """``model(*inputs)`` for a tuple, ``model(**inputs)`` for a dict, else ``model(inputs)``."""
-    if isinstance(inputs, tuple):
-        return model(*inputs)
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(inputs)
-
-
-def take(batch: Any, samples: slice | torch.Tensor) -> Any:
-    """The given samples of every tensor in a pytree; a slice gives views."""
-    return optree.tree_map(lambda leaf: leaf[samples], batch)
-
-
-def moved(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor on the device."""
-    inputs, targets = batch
-    move = partial(_to, device)
-    return optree.tree_map(move, inputs), optree.tree_map(move, targets)
-
-
-def _to(device: torch.device, leaf: torch.Tensor) -> torch.Tensor:
-    return leaf.to(device, non_blocking=True)
-
-
-def batch_length(batch: Any) -> int:
-    """Number of samples in a pytree of tensors.
-
-    Raises:
-        ValueError: There is none, or the tensors disagree.
-        TypeError: A leaf is no tensor, or one without dimensions.
-    """
-    lengths = set()
-    for leaf in optree.tree_leaves(batch):
-        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
-            what = "a tensor without dimensions" if isinstance(leaf, torch.Tensor) else repr(leaf)
-            raise TypeError(
-                f"The batch holds {what:.60}; every leaf must be a tensor whose first dimension "
-                "is the sample. Keep constants in the model or the loss function."
-            )
-        lengths.add(len(leaf))
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(
-            f"The tensors of the batch hold {sorted(lengths) or 'no'} samples; "
-            "all must hold the same number, at least 1."
-        )
-    return lengths.pop()
 
 
 def _does_not_fit(verdict: OutOfMemory, tried: list[int]) -> MicrobatchDoesNotFitError:

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 from torch.utils.data import TensorDataset
 
 from bs_optuna.errors import TaskError
-from bs_optuna.training.backward import batch_length
-from bs_optuna.training.backward import take
+from bs_optuna.training.batches import batch_length
+from bs_optuna.training.batches import take
 
 
 Data = Dataset[Any] | tuple[Any, Any]

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from bs_optuna.errors import MicrobatchDoesNotFitError
-from bs_optuna.training.backward import batch_length
-from bs_optuna.training.backward import call_model
-from bs_optuna.training.backward import moved
+from bs_optuna.training.batches import batch_length
+from bs_optuna.training.batches import call_model
+from bs_optuna.training.batches import moved
 from bs_optuna.training.data import Data
 from bs_optuna.training.data import evaluation_batches
 from bs_optuna.training.oom import OutOfMemory

@@ -21,6 +21,9 @@ from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.training import AccumulatedBackward
 
 
+# Splitting it is what is tested here; what it does to BatchNorm, test_normalization.py tells.
+pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm normalizes:UserWarning")
+
 IGNORED = -100
 
 

@@ -26,6 +26,9 @@ from bs_optuna.training.limit_environment import LIMIT_ENVIRONMENT
 from bs_optuna.training.oom import classify
 
 
+# Splitting it is what is tested here; what it does to BatchNorm, test_normalization.py tells.
+pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm normalizes:UserWarning")
+
 BATCH = 8
 OPTIMIZERS = {
     f"{name} {way}": (make, {"fused": way == "fused", "foreach": way == "foreach"})

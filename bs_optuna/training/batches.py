@@ -1,0 +1,62 @@
+"""Batches as pytrees of tensors whose first dimension is the sample: cut, moved, counted."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import optree
+import torch
+from torch import nn
+
+
+Batch = tuple[Any, Any]
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """``model(*inputs)`` for a tuple, ``model(**inputs)`` for a dict, else ``model(inputs)``."""
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(inputs)
+
+
+def take(batch: Any, samples: slice | torch.Tensor) -> Any:
+    """The given samples of every tensor in a pytree; a slice gives views."""
+    return optree.tree_map(lambda leaf: leaf[samples], batch)
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch with every tensor on the device."""
+    inputs, targets = batch
+    move = partial(_to, device)
+    return optree.tree_map(move, inputs), optree.tree_map(move, targets)
+
+
+def _to(device: torch.device, leaf: torch.Tensor) -> torch.Tensor:
+    return leaf.to(device, non_blocking=True)
+
+
+def batch_length(batch: Any) -> int:
+    """Number of samples in a pytree of tensors.
+
+    Raises:
+        ValueError: There is none, or the tensors disagree.
+        TypeError: A leaf is no tensor, or one without dimensions.
+    """
+    lengths = set()
+    for leaf in optree.tree_leaves(batch):
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
+            what = "a tensor without dimensions" if isinstance(leaf, torch.Tensor) else repr(leaf)
+            raise TypeError(
+                f"The batch holds {what:.60}; every leaf must be a tensor whose first dimension "
+                "is the sample. Keep constants in the model or the loss function."
+            )
+        lengths.add(len(leaf))
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(
+            f"The tensors of the batch hold {sorted(lengths) or 'no'} samples; "
+            "all must hold the same number, at least 1."
+        )
+    return lengths.pop()

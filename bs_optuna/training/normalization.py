@@ -1,0 +1,161 @@
+"""BatchNorm in microbatches: the running statistics of the whole batch, or GroupNorm in its place.
+
+n: values of a channel in a batch, samples times positions; m: their mean; s: the sum of their
+squared differences from m.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import ExitStack
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+_BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# Wu and He, Group Normalization (2018), section 4.1.
+GROUPS = 32
+
+
+def convert_batch_norm(model: nn.Module) -> nn.Module:
+    """Puts GroupNorm in the place of every BatchNorm, so that microbatches change nothing.
+
+    GroupNorm normalizes each sample by itself, whatever else is in its batch. Do it before
+    training: the running statistics are dropped, and what was trained with the one is wrong for the
+    other. There are 32 groups, or the most below that which divide the channels and leave at least
+    two in each. `BatchNorm1d` may stand where a channel has a single value, and few of them tell
+    nothing; there all channels are one group, as in a layer normalization.
+
+    Args:
+        model: Changed in place. Weight and bias stay the same objects, so that an optimizer made
+            before goes on with them; lazy layers must have seen their first batch.
+
+    Returns:
+        The model, or what replaces it if it is itself a BatchNorm.
+    """
+    converted: dict[int, nn.GroupNorm] = {}
+    # With duplicates: a layer that is used twice must be replaced in both places.
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, (*_BATCH_NORMS, nn.SyncBatchNorm)):
+            norm = converted.setdefault(id(module), _group_norm(module))
+            if not name:
+                return norm
+            model.set_submodule(name, norm)
+    return model
+
+
+def splits_batch_norm(modules: Sequence[nn.Module]) -> bool:
+    """Whether a BatchNorm in training mode would normalize each microbatch by itself."""
+    return any(
+        isinstance(module, (*_BATCH_NORMS, nn.SyncBatchNorm)) and module.training
+        for root in modules
+        for module in root.modules()
+    )
+
+
+class WholeBatchStatistics:
+    """Running statistics of BatchNorm as one update by the whole batch would leave them.
+
+    Args:
+        modules: Those whose BatchNorm layers, in training mode, are looked after.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        layers = {
+            id(layer): layer
+            for root in modules
+            for layer in root.modules()
+            if isinstance(layer, _BATCH_NORMS) and layer.training and layer.running_mean is not None
+        }
+        self._layers = [_Pooled(layer) for layer in layers.values()]
+
+    @contextmanager
+    def microbatch(self) -> Iterator[None]:
+        """A context for the forward pass of one microbatch."""
+        with ExitStack() as stack:
+            for layer in self._layers:
+                stack.enter_context(layer.recording())
+            yield
+
+    def write(self) -> None:
+        """Updates the running statistics, once all microbatches have passed."""
+        with torch.no_grad():
+            for layer in self._layers:
+                layer.write()
+
+
+@dataclass(frozen=True)
+class _Moments:
+    n: int
+    mean: torch.Tensor
+    squares: torch.Tensor
+
+    def merged(self, other: _Moments) -> _Moments:
+        """Chan, Golub and LeVeque (1979): n = n1 + n2, s = s1 + s2 + (m2 - m1)^2 n1 n2 / n."""
+        n = self.n + other.n
+        difference = other.mean - self.mean
+        squares = self.squares + other.squares + difference**2 * (self.n * other.n / n)
+        return _Moments(n, self.mean + difference * (other.n / n), squares)
+
+
+class _Pooled:
+    """The moments of one layer over the microbatches, for each time that it is called in one."""
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        mean, variance, updates = layer.running_mean, layer.running_var, layer.num_batches_tracked
+        assert mean is not None  # a layer that tracks has all three
+        assert variance is not None
+        assert updates is not None
+        self._layer = layer
+        self._running = (mean, variance, updates)
+        self._before = (mean.clone(), variance.clone(), updates.clone())
+        self._calls: list[_Moments] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        layer, momentum, numbers = self._layer, self._layer.momentum, itertools.count()
+
+        def record(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+            self._record(next(numbers), output.numel() // output.shape[1])
+
+        handle = layer.register_forward_hook(record)
+        layer.momentum = 1.0  # the running statistics are then those of the last call alone
+        try:
+            yield
+        finally:
+            layer.momentum = momentum
+            handle.remove()
+
+    def _record(self, number: int, n: int) -> None:
+        mean, variance, _ = self._running
+        moments = _Moments(n, mean.clone(), variance * (n - 1))  # the variance is the unbiased one
+        if number == len(self._calls):
+            self._calls.append(moments)
+        else:
+            self._calls[number] = self._calls[number].merged(moments)
+
+    def write(self) -> None:
+        mean, variance, updates = self._before
+        for moments in self._calls:
+            updates = updates + 1
+            momentum = self._layer.momentum  # None is the mean over all updates
+            factor = 1.0 / float(updates) if momentum is None else momentum
+            mean = torch.lerp(mean, moments.mean, factor)
+            variance = torch.lerp(variance, moments.squares / (moments.n - 1), factor)
+        for buffer, value in zip(self._running, (mean, variance, updates), strict=True):
+            buffer.copy_(value)
+
+
+def _group_norm(layer: _BatchNorm) -> nn.GroupNorm:
+    channels = layer.num_features
+    most = 1 if isinstance(layer, nn.BatchNorm1d) else min(GROUPS, channels // 2)
+    groups = next((g for g in range(most, 0, -1) if channels % g == 0), 1)
+    norm = nn.GroupNorm(groups, channels, eps=layer.eps, affine=False)
+    norm.affine, norm.weight, norm.bias = layer.affine, layer.weight, layer.bias
+    return norm.train(layer.training)
