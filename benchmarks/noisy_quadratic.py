@@ -46,6 +46,11 @@ class Surface:
     amount: float
 
     @property
+    def stable_below(self) -> float:
+        """Learning rate from which on it diverges; the largest curvature is 1."""
+        return 2.0
+
+    @property
     def optimizer(self) -> str:
         """Name of the prior that fits."""
         return "sgd" if self.preconditioner == 0 else "adamw"

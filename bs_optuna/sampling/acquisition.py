@@ -45,16 +45,20 @@ def suggest(
     parents = fit.tried[np.argsort(known.mean(0))[:_PARENTS]]
     count = max(int(_CANDIDATES * fit.share), _CANDIDATES // 4)
     fresh = np.concatenate([fit.space.uniform(rng, count), _varied(fit, parents, rng, count)])
-    fresh = _allowed(fit, fresh, fixed)
-    incumbent = known.min(1)
-    if fixed:  # the best that this trial can hope for may be far from the best of all
-        incumbent = fit.posterior.predict(fit.points(fresh))[0].min(1)
-    candidates, scores = fresh, _score(fit, fresh, incumbent, costs)
+    candidates = _allowed(fit, fresh, fixed)
+
+    def score(points: Array) -> Array:
+        if fixed:  # somebody asks for this setting: the rest is what is expected to be best there
+            expected: Array = fit.posterior.predict(fit.points(points))[0].mean(0)
+            return -expected
+        return _improvement(fit, points, known.min(1), costs)
+
+    scores = score(candidates)
     for _ in range(_ROUNDS):
         parents = candidates[np.argsort(-scores)[:_PARENTS]]
         fresh = _allowed(fit, _varied(fit, parents, rng, count // 2, _STEP), fixed)
         candidates = np.concatenate([candidates, fresh])
-        scores = np.concatenate([scores, _score(fit, fresh, incumbent, costs)])
+        scores = np.concatenate([scores, score(fresh)])
     best: Array = candidates[scores.argmax()]
     return best
 
@@ -76,7 +80,10 @@ def log_expected_improvement(z: Array, sd: Array) -> Array:
     return np.where(z > -1.0, log_near, log_far) + np.log(sd)
 
 
-def _score(fit: Fit, candidates: Array, incumbent: Array, costs: Mapping[int, float]) -> Array:
+def _improvement(
+    fit: Fit, candidates: Array, incumbent: Array, costs: Mapping[int, float]
+) -> Array:
+    """Log expected improvement (N,) on the incumbent (S,), per cost and near the ridge."""
     mean, sd = fit.posterior.predict(fit.points(candidates))
     # A model of many parameters is too sure of itself after few trials; as in the confidence
     # bounds of GP-UCB (Srinivas 2010), exploration grows with the root of their number.

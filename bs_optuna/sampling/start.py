@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bs_optuna.sampling.space import Space
-from bs_optuna.science.prior import LOG_2
+from bs_optuna.science.prior import LOG_3
 from bs_optuna.science.prior import Anchor
 from bs_optuna.science.prior import ScalingPrior
 from bs_optuna.science.prior import ridge
@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 # The first trials: batch size, in half ranges from the reference, and ln of the factor by which
 # the learning rate is off the believed ridge. A walk exactly on it would not tell on which side
 # the true one lies. Further trials, where results are slow to come, fill the range.
-_WALK = ((0.0, 0.0), (0.5, -LOG_2), (-0.5, LOG_2))
+_WALK = ((0.0, 0.0), (0.5, -LOG_3), (-0.5, LOG_3))
 # How often a point that was tried already is replaced by a random one.
 _TRIES = 32
 

@@ -68,8 +68,8 @@ def test_first_trials_are_the_reference_and_a_walk_along_the_ridge() -> None:
     first, up, down = params(study)
     assert first == {"batch_size": 256, "lr": pytest.approx(1e-3)}
     assert up["batch_size"] > 256 > down["batch_size"]  # type: ignore[operator]
-    assert 5e-4 < up["lr"] < 2e-3  # type: ignore[operator]
-    assert 5e-4 < down["lr"] < 2e-3  # type: ignore[operator]
+    assert 3e-4 < up["lr"] < 3e-3  # type: ignore[operator]
+    assert 3e-4 < down["lr"] < 3e-3  # type: ignore[operator]
 
 
 def test_maximising_is_minimising_the_negative() -> None:
@@ -125,7 +125,7 @@ def test_enqueued_batch_size_gets_its_own_learning_rate() -> None:
         study.optimize(objective, n_trials=1)
         lr = study.trials[-1].params["lr"]
         assert study.trials[-1].params["batch_size"] == batch_size
-        assert lr == pytest.approx(best_learning_rate(batch_size), rel=1.5)
+        assert best_learning_rate(batch_size) / 1.5 < lr < best_learning_rate(batch_size) * 1.5
 
 
 def test_partially_fixed() -> None:
