@@ -26,6 +26,8 @@ from bs_optuna.training.batches import moved
 from bs_optuna.training.batches import take
 from bs_optuna.training.normalization import WholeBatchStatistics
 from bs_optuna.training.normalization import splits_batch_norm
+from bs_optuna.training.onednn import give_up_onednn
+from bs_optuna.training.onednn import working_onednn
 from bs_optuna.training.oom import OutOfMemory
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
@@ -71,6 +73,9 @@ class AccumulatedBackward:
     BatchNorm statistics, random states), the microbatch is halved and the same batch is done again:
     the result is bit for bit that of a call that had the smaller microbatch from the start. Zeroing
     gradients, clipping and the optimizer's step stay with the caller.
+
+    On a CPU oneDNN may run out of memory in a way that spoils it for its thread. The step is then
+    done again without it, which rounds otherwise, and so are all later ones in that thread.
 
     A batch may be on another device than the model, for instance in the memory of the host: each
     microbatch is moved to the model when its turn comes.
@@ -167,11 +172,10 @@ class AccumulatedBackward:
         """
         batch = (inputs, targets)
         plan = AccumulationPlan(n := batch_length(batch), min(self._limit or n, n))
-        tried: list[int] = []
+        tried = [plan.microbatch_size]
         while True:
             if plan.accumulation_steps > 1 and not self._warned:
                 self._warn(plan)
-            tried.append(plan.microbatch_size)
             outcome = self._attempt(plan, batch)
             if isinstance(outcome, torch.Tensor):
                 return BackwardResult(
@@ -182,11 +186,14 @@ class AccumulatedBackward:
                     sizes_tried=tuple(tried),
                 )
             empty_caches()
+            if give_up_onednn(outcome):
+                continue
             if plan.microbatch_size == 1 or not outcome.retryable:
                 raise _does_not_fit(outcome, tried)
             plan = plan.halved()
             self._limit = plan.microbatch_limit
-            _logger.info("out of memory at %d samples; now %d", tried[-1], self._limit)
+            tried.append(plan.microbatch_size)
+            _logger.info("out of memory at %d samples; now %d", tried[-2], tried[-1])
 
     def _warn(self, plan: AccumulationPlan) -> None:
         self._warned = True
@@ -204,7 +211,8 @@ class AccumulatedBackward:
         before = None
         try:
             before = StepSnapshot(self._modules, batch, self._buffer_copies)
-            loss = self._run(plan, batch)
+            with working_onednn():
+                loss = self._run(plan, batch)
             before.commit()
             return loss
         except BaseException as error:

@@ -13,6 +13,8 @@ from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import moved
 from bs_optuna.training.data import Data
 from bs_optuna.training.data import evaluation_batches
+from bs_optuna.training.onednn import give_up_onednn
+from bs_optuna.training.onednn import working_onednn
 from bs_optuna.training.oom import OutOfMemory
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
@@ -45,13 +47,14 @@ class Evaluation:
         Raises:
             MicrobatchDoesNotFitError: One sample does not fit.
         """
-        tried = []
+        tried = [self._batch_size]
         while True:
-            tried.append(self._batch_size)
             outcome = self._attempt(model, data, within)
             if isinstance(outcome, dict):
                 return outcome
             empty_caches()
+            if give_up_onednn(outcome):
+                continue
             if self._batch_size == 1 or not outcome.retryable:
                 raise MicrobatchDoesNotFitError(
                     f"Out of memory ({outcome.kind}) in evaluation with pieces of "
@@ -60,6 +63,7 @@ class Evaluation:
                     bytes_requested=outcome.bytes_requested,
                 )
             self._batch_size //= 2
+            tried.append(self._batch_size)
 
     def _attempt(
         self, model: nn.Module, data: Data, within: AbstractContextManager[object]
@@ -67,7 +71,7 @@ class Evaluation:
         was_training = model.training
         model.eval()
         try:
-            with within, torch.no_grad():
+            with within, working_onednn(), torch.no_grad():
                 return self._means(model, data)
         except Exception as error:
             verdict = classify(error)
