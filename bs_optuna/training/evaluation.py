@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 
 import torch
@@ -20,6 +21,9 @@ from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
 from bs_optuna.training.task import TrainingTask
+
+
+_logger = logging.getLogger(__name__)
 
 
 class Evaluation:
@@ -64,6 +68,7 @@ class Evaluation:
                 )
             self._batch_size //= 2
             tried.append(self._batch_size)
+            _logger.info("out of memory in evaluation; pieces of %d now", self._batch_size)
 
     def _attempt(
         self, model: nn.Module, data: Data, within: AbstractContextManager[object]
