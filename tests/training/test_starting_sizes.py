@@ -184,6 +184,7 @@ PROGRAM = """
     objective = TrainingObjective(
         task, budget=Budget("steps", 2), batch_size=(16, SAMPLES), memory_limit=limit, device=CPU
     )
+    evaluations.clear()  # that of the rehearsal
     study = optuna.create_study()
 
     def trial(batch_size):
@@ -209,7 +210,7 @@ PROGRAM = """
 
     print(json.dumps({
         "failures": sum(t[attributes.BACKOFFS] for t in trials),
-        "evaluations": len(evaluations) - 2 * len(trials),
+        "failed evaluations": len(evaluations) - 2 * len(trials),
         "batches": [t[attributes.SAMPLES] // t[attributes.STEPS] for t in trials],
         "predicted": predicted,
         "fits": fits,
@@ -249,7 +250,7 @@ def test_at_most_one_attempt_fails_and_at_most_a_tenth_is_wasted(
     model: str, optimizer: str, mib: int
 ) -> None:
     found = study_under(model, optimizer, mib)
-    assert found["failures"] <= 1, found
+    assert found["failures"] + found["failed evaluations"] <= 1, found
     assert found["a ninth more fails"], found
     assert found["batches"][:2] == [2048, 700], found
 
