@@ -42,12 +42,21 @@ def _pair(text: object) -> object:
 def _ordered(name: str, pair: Any, number: type) -> Any:
     wrong = ValueError(f"must be LOW:HIGH with 0 < LOW <= HIGH, as in {name}")
     try:
-        low, high = (number(end) for end in _pair(pair))  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
+        ends = list(_pair(pair))  # type: ignore[call-overload]
+        low, high = map(number, ends)
+    except (TypeError, ValueError, OverflowError):
         raise wrong from None
-    if not 0 < low <= high < float("inf"):
+    exact = all(isinstance(end, str) or end == number(end) for end in ends)
+    if not (exact and 0 < low <= high < float("inf")):
         raise wrong
     return low, high
+
+
+def _number(value: object) -> object:
+    """Booleans are numbers to Python, and a mistake here."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
 
 
 def _batch_sizes(value: object) -> object:
@@ -91,14 +100,24 @@ def parse_bytes(value: object) -> object:
 
 
 def _microbatch(value: object) -> object:
-    return None if value == "auto" else value
+    return None if value == "auto" else _number(value)
 
 
 def _storage(value: object) -> object:
     """A plain path to a database is taken for SQLite."""
     if isinstance(value, str) and "://" not in value and value.endswith((".db", ".sqlite3")):
-        return f"sqlite:///{value}"
+        return f"sqlite:///{_file_name(value)}"
     return value
+
+
+def _file_name(value: object) -> object:
+    """Refuses what a URL would take for something else than a part of a file's name."""
+    if isinstance(value, str) and set(value) & set("?%#"):
+        raise ValueError("must be without ?, % and #, which mean something else in a URL")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_number)]
 
 
 class StudyConfig(BaseModel):
@@ -107,13 +126,17 @@ class StudyConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     task: str = Field("digits", description="built-in (digits, text), FILE.py or MODULE:NAME")
-    study: str | None = Field(None, description="name of the study (default: that of the task)")
+    study: Annotated[str | None, BeforeValidator(_file_name)] = Field(
+        None, description="name of the study (default: that of the task)"
+    )
     storage: Annotated[str | None, BeforeValidator(_storage)] = Field(
         None,
         description="storage URL, or an SQLite file (default: sqlite:///studies/STUDY.db)",
     )
-    trials: int = Field(30, ge=1, description="trials in all; more if they are done already")
-    timeout: float | None = Field(None, gt=0, description="start no trial after so many seconds")
+    trials: Whole = Field(30, ge=1, description="trials in all; more if they are done already")
+    timeout: Annotated[float | None, BeforeValidator(_number)] = Field(
+        None, gt=0, description="start no trial after so many seconds"
+    )
     batch_size: Annotated[tuple[int, int], BeforeValidator(_batch_sizes)] = Field(
         (16, 512), description="batch sizes to search, LOW:HIGH"
     )
@@ -139,8 +162,8 @@ class StudyConfig(BaseModel):
         None, description="memory that training may hold, as in 512MiB (default: the device's)"
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps, ...")
-    seed: int = Field(0, ge=0, description="of sampler, weights and data order")
-    final_runs: int = Field(
+    seed: Whole = Field(0, ge=0, le=2**32 - 1, description="of sampler, weights and data order")
+    final_runs: Whole = Field(
         3, ge=0, description="trainings of the recommended setting with seeds of their own"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("Interrupted before the first trial.", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _tune(arguments: list[str]) -> int:
@@ -53,7 +57,9 @@ def _tune(arguments: list[str]) -> int:
     target = options.pop("target", None)
     path = Path(target) if target is not None and target.endswith(".toml") else None
     if target is not None and path is None:
-        options.setdefault("task", target)
+        if "task" in options:
+            raise ConfigError(f"task={options['task']} and {target}; name one of them.")
+        options["task"] = target
     config = make_config(path, options)
     if show_config:
         print(config.as_toml())
@@ -136,15 +142,20 @@ def _run(config: StudyConfig, arguments: list[str], verbosity: Verbosity) -> int
     import torch
     from rich.console import Console
 
+    from bs_optuna.report.summary import LINE_WIDTH
     from bs_optuna.report.summary import summary
     from bs_optuna.study.conclusion import conclude
     from bs_optuna.study.tuning import prepare
     from bs_optuna.tasks.loading import load_task
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Its warnings are of trials that failed, with a traceback: the error itself comes anyway.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Numbers too small to matter slow a CPU down tenfold when a network has learned its data.
     torch.set_flush_denormal(True)
-    console = Console()
+    # Names and reasons may hold brackets, and some terminals no more than ASCII.
+    console = Console(markup=False, highlight=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     tuning = prepare(config, load_task(config.task))
     try:
         _search(tuning, config, console, verbosity)
@@ -155,11 +166,11 @@ def _run(config: StudyConfig, arguments: list[str], verbosity: Verbosity) -> int
         console.print(
             f"\nInterrupted. {tuning.finished} finished trials are kept in {tuning.storage}; "
             f"go on with:\n  {again}",
-            highlight=False,
             soft_wrap=True,
         )
         return EXIT_INTERRUPTED
-    console.print(summary(tuning, conclusion), soft_wrap=not console.is_terminal)
+    width = console.width - 1 if console.is_terminal else LINE_WIDTH
+    console.print(summary(tuning, conclusion, width=width), soft_wrap=True)
     return 0 if conclusion is not None else EXIT_NOTHING_FOUND
 
 
@@ -171,7 +182,6 @@ def _search(tuning: Tuning, config: StudyConfig, console: Console, verbosity: Ve
         console.print(
             f"Study {tuning.study.study_name} in {tuning.storage}{done}; every trial gets "
             f"{tuning.objective.budget} on {tuning.objective.device}.",
-            highlight=False,
             soft_wrap=True,
         )
     with TrialProgress(

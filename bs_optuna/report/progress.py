@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import time
 from types import TracebackType
 from typing import Literal
 
@@ -36,13 +38,15 @@ class TrialProgress:
         self, console: Console, *, total: int, finished: int, verbosity: Verbosity
     ) -> None:
         self._console = console
-        self._total = total
+        self._begin = time.perf_counter()
+        self._ran = 0
+        self._left = total - finished
         self._lines = verbosity == "verbose" or (verbosity == "normal" and not console.is_terminal)
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[best]}"),
+            TextColumn("{task.fields[best]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
@@ -70,14 +74,23 @@ class TrialProgress:
         """A trial is over."""
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
             self._bar.advance(self._task)
+            self._ran += 1
+            self._left -= 1
         best = _best(study)
         self._bar.update(self._task, best=best)
         if self._lines:
             self._console.print(
-                f"trial {trial.number}: {_setting(trial.params)}, {_outcome(trial)}; {best}",
+                f"trial {trial.number}: {_setting(trial.params)}, {_outcome(trial)}; {best}"
+                + self._time_left(),
                 highlight=False,
                 soft_wrap=True,
             )
+
+    def _time_left(self) -> str:
+        if self._left <= 0 or self._ran == 0:
+            return ""
+        seconds = (time.perf_counter() - self._begin) / self._ran * self._left
+        return f"; about {datetime.timedelta(seconds=round(seconds))} left"
 
 
 def _setting(params: dict[str, object]) -> str:

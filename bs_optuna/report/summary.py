@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 import textwrap
 from collections import Counter
@@ -30,29 +31,35 @@ _CAVEATS = {
 }
 
 
-def summary(tuning: Tuning, conclusion: Conclusion | None) -> RenderableType:
-    """The summary, ready to be printed."""
+def summary(
+    tuning: Tuning, conclusion: Conclusion | None, *, width: int = LINE_WIDTH
+) -> RenderableType:
+    """The summary, ready to be printed on lines of at most ``width`` characters."""
+    width = min(width, LINE_WIDTH)
     parts: list[RenderableType] = []
     if conclusion is None:
         parts.append(Text("No trial was completed, so there is nothing to recommend.", "bold red"))
     else:
+        rows = _setting_rows(tuning, conclusion) + _score_rows(tuning, conclusion)
         parts.append(Text(f"\nRecommended for {tuning.task.name}", "bold"))
-        parts.append(_table(_setting_rows(tuning, conclusion) + _score_rows(tuning, conclusion)))
+        parts.append(_table(rows, width))
     parts.append(Text("\nEvidence", "bold"))
-    parts.append(_table(_evidence_rows(tuning, conclusion)))
+    parts.append(_table(_evidence_rows(tuning, conclusion), width))
     parts.append(Text("\nOpen the study"))
-    parts.append(Text(f"  optuna-dashboard {tuning.storage}", "bold cyan", no_wrap=True))
+    parts.append(
+        Text(f"  optuna-dashboard {shlex.quote(tuning.storage)}", "bold cyan", no_wrap=True)
+    )
     return Group(*parts)
 
 
-def _table(rows: Sequence[tuple[str, str]]) -> Text:
+def _table(rows: Sequence[tuple[str, str]], width: int) -> Text:
     """Names and values in two columns; no wider than the text of a book, and without a tail."""
     table = Text()
     for name, value in rows:
         start = len(table)
         lines = textwrap.wrap(
             value,
-            LINE_WIDTH,
+            width,
             initial_indent=f"  {name}".ljust(INDENT),
             subsequent_indent=" " * INDENT,
         )
@@ -89,8 +96,8 @@ def _score_rows(tuning: Tuning, conclusion: Conclusion) -> list[tuple[str, str]]
         for title, scores in (("validation", conclusion.valid), ("test", conclusion.test))
         for name, values in scores.items()
     ]
-    if conclusion.diverged:
-        rows.append(("warning", f"{conclusion.diverged} of the final runs diverged"))
+    if conclusion.failed:
+        rows.append(("warning", f"{conclusion.failed} final runs diverged or did not fit"))
     if tuning.task.test_data is None:
         rows.append(("test", "the task has no test data"))
     return rows

@@ -133,12 +133,14 @@ class _Answer:
     ) -> None:
         self._fit, self._seen, self._rng, self._sign = fit, seen, rng, sign
         self._params = {t.number: t.params for t in trials}
+        self._completed = {t.number for t in trials if _is_complete(t)}
         assert fit.space.ridge is not None
         self._b, self._lr = fit.space.ridge
 
     def at(self, batch_size: int | None) -> Recommendation:
         draws = self._draws(self._fit.tried)
-        finite = np.isfinite(self._seen.values[:, 0])
+        # A pruned trial has taught the model something, but nobody has seen it end.
+        finite = np.array([number in self._completed for number in self._seen.numbers])
         best = int(np.where(finite, draws.mean(0), math.inf).argmin())
         number: int | None = self._seen.numbers[best]
         params = dict(self._params[self._seen.numbers[best]])
@@ -228,13 +230,17 @@ def _usable(study: Study, names: tuple[str, str]) -> list[FrozenTrial]:
                 "Name them with batch_size_name and learning_rate_name."
             )
     usable = [t for t in trials if all(name in t.params for name in names)]
-    finished = sum(t.state == TrialState.COMPLETE and math.isfinite(t.values[0]) for t in usable)
+    finished = sum(map(_is_complete, usable))
     if finished < MINIMUM_TRIALS:
         raise StudyError(
             f"Study {study.study_name!r} has {finished} completed trials; "
             f"a recommendation takes {MINIMUM_TRIALS}. Run more."
         )
     return usable
+
+
+def _is_complete(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.COMPLETE and math.isfinite(trial.values[0])
 
 
 def _space(trials: Sequence[FrozenTrial], names: tuple[str, str]) -> dict[str, BaseDistribution]:

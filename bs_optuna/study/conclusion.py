@@ -9,12 +9,15 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
+from bs_optuna.errors import MicrobatchDoesNotFitError
+from bs_optuna.errors import StepDoesNotFitError
 from bs_optuna.errors import StudyError
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.recommend import Recommendation
 from bs_optuna.sampling.recommend import recommend
 from bs_optuna.study.tuning import Tuning
 from bs_optuna.training.loop import DivergedError
+from bs_optuna.training.recipes import LONGEST_WARMUP
 
 
 # Added to the study's seed for the final runs, so that no trial has had theirs.
@@ -32,9 +35,9 @@ class Conclusion:
         microbatch_size: The one that the recommended trial ran with.
         accumulation_steps: Microbatches per step at that size.
         evidence: The posterior behind it; None if there were too few trials for one.
-        valid: Validation loss and metrics, by name, one value per final run that did not diverge.
+        valid: Validation loss and metrics, by name, one value per final run that succeeded.
         test: Likewise on the test data.
-        diverged: Final runs that diverged.
+        failed: Final runs that diverged or ran out of memory.
     """
 
     batch_size: int
@@ -45,7 +48,7 @@ class Conclusion:
     evidence: Recommendation | None
     valid: dict[str, list[float]]
     test: dict[str, list[float]]
-    diverged: int
+    failed: int
 
 
 def conclude(tuning: Tuning, *, final_runs: int) -> Conclusion | None:
@@ -63,9 +66,10 @@ def conclude(tuning: Tuning, *, final_runs: int) -> Conclusion | None:
     """
     trial, evidence = _recommended(tuning.study)
     if trial is None:
+        tuning.study.set_user_attr(attributes.RECOMMENDATION, {"trials": tuning.finished})
         return None
     scores: dict[str, dict[str, list[float]]] = {"valid": {}, "test": {}}
-    diverged = 0
+    failed = 0
     for k in range(final_runs):
         try:
             run = tuning.objective.confirm(
@@ -74,8 +78,8 @@ def conclude(tuning: Tuning, *, final_runs: int) -> Conclusion | None:
                 seed=tuning.objective.seed + FINAL_SEEDS + k,
                 study=tuning.study,
             )
-        except DivergedError:
-            diverged += 1
+        except (DivergedError, MicrobatchDoesNotFitError, StepDoesNotFitError):
+            failed += 1
             continue
         for part, values in run.items():
             for name, value in values.items():
@@ -83,15 +87,18 @@ def conclude(tuning: Tuning, *, final_runs: int) -> Conclusion | None:
     conclusion = Conclusion(
         batch_size=trial.params["batch_size"],
         learning_rate=trial.params["lr"],
-        warmup=trial.user_attrs[attributes.WARMUP],
-        microbatch_size=trial.user_attrs[attributes.MICROBATCH_SIZE],
-        accumulation_steps=trial.user_attrs[attributes.ACCUMULATION_STEPS],
+        warmup=trial.user_attrs.get(attributes.WARMUP, LONGEST_WARMUP),
+        microbatch_size=trial.user_attrs.get(
+            attributes.MICROBATCH_SIZE, trial.params["batch_size"]
+        ),
+        accumulation_steps=trial.user_attrs.get(attributes.ACCUMULATION_STEPS, 1),
         evidence=evidence,
         valid=scores["valid"],
         test=scores["test"],
-        diverged=diverged,
+        failed=failed,
     )
-    tuning.study.set_user_attr(attributes.RECOMMENDATION, _plain(asdict(conclusion)))
+    stored = {**_plain(asdict(conclusion)), "trials": tuning.finished}
+    tuning.study.set_user_attr(attributes.RECOMMENDATION, stored)
     return conclusion
 
 
@@ -105,7 +112,8 @@ def _recommended(
         evidence = recommend(study)
     except StudyError:  # too few trials for a posterior: the best one is all there is
         return study.best_trial, None
-    return next(t for t in complete if t.number == evidence.trial_number), evidence
+    assert evidence.trial_number is not None  # asked for one that was tried
+    return study.trials[evidence.trial_number], evidence
 
 
 def _plain(value: Any) -> Any:

@@ -168,6 +168,13 @@ def _make_tables(
         time.sleep(random.uniform(0.0, 0.2 * attempt))
 
 
+def without_password(storage: str) -> str:
+    """The storage as it may be shown and stored: what stands for a password is starred out."""
+    if "://" not in storage or sqlalchemy.make_url(storage).password is None:
+        return storage
+    return _hide_password(sqlalchemy.make_url(storage))
+
+
 def _hide_password(url: sqlalchemy.URL) -> str:
     return url.render_as_string(hide_password=True)
 

@@ -21,6 +21,7 @@ from bs_optuna.sampling.feasibility import is_out_of_memory
 from bs_optuna.sampling.sampler import CoupledSampler
 from bs_optuna.study.interruption import requeue_interrupted
 from bs_optuna.study.opening import open_study
+from bs_optuna.study.storage import without_password
 from bs_optuna.training.budget import Budget
 from bs_optuna.training.objective import EVALUATIONS
 from bs_optuna.training.objective import TrainingObjective
@@ -48,7 +49,7 @@ class Tuning:
         task: What is trained.
         objective: Trains it with a trial's settings.
         study: Holds the trials.
-        storage: The storage as the user would name it again.
+        storage: The storage as the user would name it again, without its password.
         trials: Finished trials that the study shall have after ``run``.
     """
 
@@ -139,10 +140,23 @@ def prepare(config: StudyConfig, task: TrainingTask) -> Tuning:
     experiment = {"task": Path(config.task).name, "optimizer": optimizer, "budget": str(budget)}
     _check_experiment(study, experiment)
     _name_value(study, f"validation {task.objective}")
-    study.set_user_attr(attributes.CONFIG, config.model_dump(mode="json"))
+    shown = without_password(storage)
+    study.set_user_attr(
+        attributes.CONFIG, {**config.model_dump(mode="json"), "storage": shown, "study": name}
+    )
+    return Tuning(task, objective, study, shown, _target(study, config.trials))
+
+
+def _target(study: optuna.Study, trials: int) -> int:
+    """Finished trials to have in the end: those asked for, or if they are there, as many more.
+
+    A study that has them but was interrupted before its final runs gets these first.
+    """
     finished = len(study.get_trials(deepcopy=False, states=FINISHED))
-    target = config.trials if finished < config.trials else finished + config.trials
-    return Tuning(task, objective, study, storage, target)
+    concluded = study.user_attrs.get(attributes.RECOMMENDATION, {}).get("trials") == finished
+    if finished < trials:
+        return trials
+    return finished + trials if concluded else finished
 
 
 def device_named(name: str) -> torch.device | None:
@@ -165,6 +179,11 @@ def device_named(name: str) -> torch.device | None:
 def _check_experiment(study: optuna.Study, experiment: dict[str, str]) -> None:
     """Refuses to mix trials whose values cannot be compared."""
     stored = study.user_attrs.get(attributes.EXPERIMENT)
+    if stored is None and study.get_trials(deepcopy=False, states=FINISHED):
+        raise StudyError(
+            f"Study {study.study_name!r} has trials of something else than this command, whose "
+            "values would not compare. Use another study name (--study)."
+        )
     if stored is None:
         study.set_user_attr(attributes.EXPERIMENT, experiment)
         return

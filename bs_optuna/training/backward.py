@@ -146,7 +146,7 @@ class AccumulatedBackward:
         self._warned = self._exact_batch_norm  # that microbatches change BatchNorm
         devices = {p.device for module in self._modules for p in module.parameters()}
         self._device = devices.pop() if len(devices) == 1 else None
-        self._buffer_copies: dict[int, torch.Tensor] = {}
+        self._buffer_copies: dict[tuple[int, str], torch.Tensor] = {}
         if scaler is not None:
             # It makes its tensors in the first use, and one that failed there stays half made.
             scaler.scale(torch.zeros((), device=next(model.parameters()).device))
@@ -219,6 +219,8 @@ class AccumulatedBackward:
             failed = error
         # Outside the except block: inside, its traceback would keep the activations alive.
         verdict = classify(failed)
+        if verdict is None and plan.accumulation_steps > 1 and _needs_two_samples(failed):
+            verdict = OutOfMemory("batch normalization", None, False, str(failed))
         if verdict is not None:
             release(failed)
         if before is not None:
@@ -271,9 +273,16 @@ class AccumulatedBackward:
             return self._loss_fn(call_model(self._model, inputs), targets)
 
 
+def _needs_two_samples(error: BaseException) -> bool:
+    """Whether BatchNorm refuses a microbatch of one sample, which the whole batch was not."""
+    return isinstance(error, ValueError) and "Expected more than 1 value per channel" in str(error)
+
+
 def _does_not_fit(verdict: OutOfMemory, tried: list[int]) -> MicrobatchDoesNotFitError:
     asked = "" if verdict.bytes_requested is None else f" {verdict.bytes_requested:,} bytes more,"
-    if verdict.retryable:
+    if verdict.kind == "batch normalization":
+        remedy = "it cannot take a single sample: use convert_batch_norm(model), or more memory"
+    elif verdict.retryable:
         remedy = "use a smaller model or shorter samples, or give the training more memory"
     else:
         remedy = "the device is unusable after this failure: start the process anew"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import optree
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset
 from torch.utils.data import TensorDataset
+from torch.utils.data import default_collate
 
 from bs_optuna.errors import TaskError
 from bs_optuna.training.batches import batch_length
@@ -34,6 +36,8 @@ def as_data(data: Any, *, name: str) -> Data:
             raise TaskError(f"{name}: {error}") from None
         return pair
     if isinstance(data, Dataset) and hasattr(data, "__len__"):
+        if len(data) == 0:
+            raise TaskError(f"{name} holds no samples; must hold at least 1.")
         return data
     raise TaskError(
         f"{name} is a {type(data).__name__}; must be a pair (inputs, targets) of tensors or a "
@@ -58,8 +62,7 @@ def training_batches(data: Data, *, batch_size: int, seed: int) -> Iterator[tupl
             yield take(data, batch)
     else:
         sampler = (batch.tolist() for batch in indices)
-        for items in DataLoader(data, batch_sampler=sampler):
-            yield _pair(items)
+        yield from DataLoader(data, batch_sampler=sampler, collate_fn=_collate)
 
 
 def evaluation_batches(data: Data, *, batch_size: int) -> Iterator[tuple[Any, Any]]:
@@ -68,13 +71,21 @@ def evaluation_batches(data: Data, *, batch_size: int) -> Iterator[tuple[Any, An
         for start in range(0, length(data), batch_size):
             yield take(data, slice(start, start + batch_size))
     else:
-        for items in DataLoader(data, batch_size=batch_size):
-            yield _pair(items)
+        yield from DataLoader(data, batch_size=batch_size, collate_fn=_collate)
 
 
 def first_samples(data: Data, count: int) -> tuple[Any, Any]:
-    """The first ``count`` samples, or all of a smaller data set."""
-    return next(evaluation_batches(data, batch_size=min(count, length(data))))
+    """The first ``count`` samples, or all of a smaller data set.
+
+    Raises:
+        TaskError: The data set yields something that is no pair of pytrees of tensors.
+    """
+    samples = next(evaluation_batches(data, batch_size=min(count, length(data))))
+    try:
+        batch_length(samples)
+    except (TypeError, ValueError) as error:
+        raise TaskError(str(error)) from None
+    return samples
 
 
 def _index_batches(samples: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
@@ -87,9 +98,15 @@ def _index_batches(samples: int, batch_size: int, seed: int) -> Iterator[torch.T
         left = left[batch_size:]
 
 
-def _pair(items: Any) -> tuple[Any, Any]:
-    if isinstance(items, tuple | list) and len(items) == 2:
-        return items[0], items[1]
-    raise TaskError(
-        f"The data set yields a {type(items).__name__}; must yield pairs (inputs, targets)."
+def _collate(samples: list[Any]) -> tuple[Any, Any]:
+    """Stacks samples leaf by leaf; tuples stay tuples, which the model is called with apart."""
+    first = samples[0]
+    if not (isinstance(first, tuple | list) and len(first) == 2):
+        raise TaskError(
+            f"The data set yields a {type(first).__name__}; must yield pairs (inputs, targets)."
+        )
+    inputs, targets = (
+        optree.tree_map(lambda *leaves: default_collate(list(leaves)), *parts)
+        for parts in zip(*samples, strict=True)
     )
+    return inputs, targets

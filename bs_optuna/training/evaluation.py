@@ -91,7 +91,7 @@ class Evaluation:
     def _means(self, model: nn.Module, data: Data) -> dict[str, float]:
         functions = {"loss": self._task.loss, **self._task.metrics}
         device = next(model.parameters()).device
-        sums = dict.fromkeys(functions, torch.zeros((), dtype=torch.float64))
+        sums = dict.fromkeys(functions, 0.0)
         total = 0.0
         for batch in evaluation_batches(data, batch_size=self._batch_size):
             inputs, targets = moved(batch, device)
@@ -101,7 +101,6 @@ class Evaluation:
                 continue
             outputs = call_model(model, inputs)
             for name, function in functions.items():
-                # Summed on the CPU in float64: some accelerators have no such type.
-                sums[name] = sums[name] + function(outputs, targets).double().cpu() * weight
+                sums[name] += float(function(outputs, targets)) * weight
             total += weight
-        return {name: float(value) / total for name, value in sums.items()}
+        return {name: value / total for name, value in sums.items()}

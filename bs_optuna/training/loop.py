@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import nn
 
 from bs_optuna.errors import BsOptunaError
 from bs_optuna.errors import MicrobatchDoesNotFitError
@@ -67,6 +71,7 @@ class Checkpoint:
 
     resource: int | None
     values: dict[str, float]
+    last: bool
 
 
 class TrainingRun:
@@ -145,14 +150,14 @@ class TrainingRun:
         points = rungs(settings.budget, batch_size=settings.batch_size, count=settings.evaluations)
         for k, rung in enumerate(points):
             while self._progress() < rung.progress:
-                self._step(*next(batches))
+                self._step(batches)
             if k + 1 < len(points) and self._progress() >= points[k + 1].progress:
                 continue  # one large step has passed several rungs: the last of them counts
             values = self.evaluate(self._task.valid_data)
             if not all(math.isfinite(value) for value in values.values()):
                 raise DivergedError(f"validation {values} after {self.samples} samples")
             self.values = values
-            yield Checkpoint(rung.resource, values)
+            yield Checkpoint(rung.resource, values, last=k + 1 == len(points))
 
     def evaluate(self, data: Data) -> dict[str, float]:
         """Mean loss and metrics of the model as it is now.
@@ -166,11 +171,22 @@ class TrainingRun:
         torch.manual_seed(self._settings.seed)
         with self._limit.active():
             self._model = self._task.model().to(self._device)
+            if isinstance(self._task.loss, nn.Module):  # with weights or parameters of its own
+                loss = copy.deepcopy(self._task.loss).to(self._device)
+                self._task = replace(self._task, loss=loss)
         self._model.train()
+        parameters = list(self._model.parameters())
+        if isinstance(self._task.loss, nn.Module):
+            parameters += self._task.loss.parameters()
         make_optimizer = optimizer_factory(self._task.optimizer)
-        self._optimizer = make_optimizer(self._model.parameters(), self._settings.learning_rate)
+        self._optimizer = make_optimizer(parameters, self._settings.learning_rate)
         self._guarded_step = GuardedStep(self._optimizer)
+        # A factory may give groups of parameters rates of their own.
+        self._peak_rates = [group["lr"] for group in self._optimizer.param_groups]
         self.warmup = self._warmup()
+        total = self._settings.budget.steps(self._settings.batch_size)
+        # Of a budget in seconds the first step is not known; it is taken for the whole warmup.
+        self._step_progress = 1.0 / total if total else self.warmup
         self._backward = AccumulatedBackward(
             self._model,
             self._task.loss,
@@ -195,14 +211,14 @@ class TrainingRun:
             return self._training_seconds / self._settings.budget.amount
         return self.steps / total
 
-    def _step(self, inputs: object, targets: object) -> None:
+    def _step(self, batches: Iterator[tuple[Any, Any]]) -> None:
         begin = time.perf_counter()
+        inputs, targets = next(batches)
         # The middle of the step, so that neither the first nor the last one is lost to a rate of 0.
-        total = self._settings.budget.steps(self._settings.batch_size)
-        progress = self._progress() + (0.5 / total if total else 0.0)
-        rate = self._settings.learning_rate * learning_rate_factor(progress, warmup=self.warmup)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        middle = self._progress() + 0.5 * self._step_progress
+        factor = learning_rate_factor(middle, warmup=self.warmup)
+        for group, peak in zip(self._optimizer.param_groups, self._peak_rates, strict=True):
+            group["lr"] = peak * factor
         self._optimizer.zero_grad()
         with self._limit.active():
             loss = self._gradient(inputs, targets)
@@ -211,7 +227,10 @@ class TrainingRun:
         self.samples += self._settings.batch_size
         self.steps += 1
         self._check(loss)
-        self._training_seconds += time.perf_counter() - begin
+        taken = time.perf_counter() - begin
+        self._training_seconds += taken
+        if self._settings.budget.unit == "seconds":
+            self._step_progress = taken / self._settings.budget.amount
 
     def _gradient(self, inputs: object, targets: object) -> torch.Tensor:
         try:

@@ -29,11 +29,15 @@ def memory_key(task: TrainingTask, *, device: torch.device, limit_bytes: int | N
         type(model).__name__,
         [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()],
         [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves],
-        task.optimizer if isinstance(task.optimizer, str) else task.optimizer.__qualname__,
+        task.optimizer if isinstance(task.optimizer, str) else _name(task.optimizer),
         _device_name(device),
         limit_bytes,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _name(factory: object) -> str:
+    return getattr(factory, "__qualname__", type(factory).__qualname__)
 
 
 def _device_name(device: torch.device) -> str:

@@ -74,11 +74,7 @@ class TrainingObjective:
     ) -> None:
         _check_range("batch_size", *batch_size)
         _check_range("learning_rate", *learning_rate)
-        if batch_size[1] > task.train_samples:
-            raise TaskError(
-                f"batch_size={batch_size[1]} is more than the {task.train_samples} training "
-                f"samples of task {task.name!r}; lower the upper end of the range."
-            )
+        _check_enough(task, batch_size[1])
         self.task = task
         self.budget = budget
         self.device = device or default_device()
@@ -121,6 +117,7 @@ class TrainingObjective:
             optuna.TrialPruned: The trial is hopeless, diverged, or does not fit with one sample.
         """
         batch_size, learning_rate = self.suggest(trial)
+        _check_enough(self.task, batch_size)  # an enqueued one may lie outside the range
         known = self._known_bounds(trial.study)
         run = self._run(batch_size, learning_rate, self.seed + trial.number, known)
         reason, value = None, None
@@ -196,7 +193,7 @@ class TrainingObjective:
             value = checkpoint.values[self.task.objective]
             if checkpoint.resource is not None:
                 trial.report(value, checkpoint.resource)
-                if trial.should_prune():
+                if not checkpoint.last and trial.should_prune():
                     return value, f"hopeless: {self.task.objective} {value:.4g}"
         return value, None
 
@@ -270,4 +267,12 @@ def _check_range(name: str, low: float, high: float) -> None:
     if not 0 < low <= high:
         raise ConfigError(
             f"{name}={low}:{high}; must be LOW:HIGH with 0 < LOW <= HIGH. Swap or raise them."
+        )
+
+
+def _check_enough(task: TrainingTask, batch_size: int) -> None:
+    if batch_size > task.train_samples:
+        raise TaskError(
+            f"batch_size={batch_size} is more than the {task.train_samples} training samples of "
+            f"task {task.name!r}; lower the upper end of the range."
         )

@@ -6,6 +6,7 @@ Nothing is allocated while an attempt is undone: that happens when memory has ju
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,12 @@ class StepSnapshot:
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], batch: Any, buffer_copies: dict[int, torch.Tensor]
+        self,
+        modules: Sequence[nn.Module],
+        batch: Any,
+        buffer_copies: dict[tuple[int, str], torch.Tensor],
     ) -> None:
+        self._modules = modules
         self._leaves = _leaves(modules, batch)
         self._gradients = [leaf.grad for leaf in self._leaves]
         self._buffers = _copied_buffers(modules, buffer_copies)
@@ -54,6 +59,10 @@ class StepSnapshot:
         with torch.no_grad():
             for saved in self._buffers:
                 saved.restore()
+        known = {(id(saved.module), saved.name) for saved in self._buffers}
+        for module, name, _ in _named_buffers(self._modules):
+            if (id(module), name) not in known:  # None before the attempt
+                setattr(module, name, None)
         self._random.restore()
 
 
@@ -78,18 +87,26 @@ def _leaves(modules: Sequence[nn.Module], batch: Any) -> list[torch.Tensor]:
 
 
 def _copied_buffers(
-    modules: Sequence[nn.Module], copies: dict[int, torch.Tensor]
+    modules: Sequence[nn.Module], copies: dict[tuple[int, str], torch.Tensor]
 ) -> list[_SavedBuffer]:
     saved = []
     with torch.no_grad():
-        for root in modules:
-            for module in root.modules():
-                for name, buffer in module.named_buffers(recurse=False):
-                    copy = copies.get(id(buffer))
-                    if copy is None or copy.shape != buffer.shape or copy.dtype != buffer.dtype:
-                        copy = copies[id(buffer)] = torch.empty_like(buffer)
-                    saved.append(_SavedBuffer(module, name, buffer, copy.copy_(buffer)))
+        for module, name, buffer in _named_buffers(modules):
+            key = (id(module), name)
+            copy = copies.get(key)
+            if copy is None or copy.shape != buffer.shape or copy.dtype != buffer.dtype:
+                copy = copies[key] = torch.empty_like(buffer)
+            saved.append(_SavedBuffer(module, name, buffer, copy.copy_(buffer)))
     return saved
+
+
+def _named_buffers(
+    modules: Sequence[nn.Module],
+) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    for root in modules:
+        for module in root.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                yield module, name, buffer
 
 
 class RandomStates:

@@ -88,14 +88,21 @@ def test_a_study_runs_is_summed_up_and_goes_on(tmp_path: Path) -> None:
 def test_interrupting_keeps_finished_trials_and_says_how_to_go_on(tmp_path: Path) -> None:
     arguments = ("--trials", "40", "--study", "cut", *SHORT)
     with subprocess.Popen(
-        command(*arguments), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+        command(*arguments),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
+        assert process.stderr is not None
         for line in process.stdout:
             if line.startswith("trial 1:"):
                 process.send_signal(signal.SIGINT)
                 break
         rest = process.stdout.read()
+        assert process.stderr.read() == ""
         assert process.wait(timeout=60) == 130
     assert re.search(
         r"Interrupted\. \d+ finished trials are kept in sqlite:///studies/cut.db", rest
@@ -114,6 +121,65 @@ def test_interrupting_keeps_finished_trials_and_says_how_to_go_on(tmp_path: Path
     assert sum(t.state in states for t in after) == int(target)
     for lost in (t for t in after if t.state == TrialState.FAIL and t.params):
         assert any(t.params == lost.params and t.state in states for t in after)
+
+
+def test_interrupting_before_the_first_trial_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "waiting.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
+    with subprocess.Popen(
+        command("waiting.py"),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == "Interrupted before the first trial.\n"
+
+
+@pytest.mark.slow
+def test_the_recommended_setting_reads_digits(tmp_path: Path) -> None:
+    run = tune(tmp_path, "--trials", "10", "--quiet")
+    assert run.returncode == 0, run.stderr
+    study = open_study(storage=f"sqlite:///{tmp_path}/studies/digits.db", name="digits")
+    scores = study.user_attrs[attributes.RECOMMENDATION]["test"]["accuracy"]
+    assert len(scores) == 3
+    assert sum(scores) / 3 >= 0.98
+
+
+@pytest.mark.slow
+def test_final_runs_that_were_missed_come_before_more_trials(tmp_path: Path) -> None:
+    first = tune(tmp_path, "--trials", "3", *SHORT)
+    assert first.returncode == 0, first.stderr
+    study = open_study(storage=f"sqlite:///{tmp_path}/studies/digits.db", name="digits")
+    study.set_user_attr(attributes.RECOMMENDATION, {})  # as after Ctrl-C during the final runs
+    again = tune(tmp_path, "--trials", "3", *SHORT)
+    assert again.returncode == 0, again.stderr
+    assert "Recommended for digits" in again.stdout
+    assert len(trials(tmp_path, "digits")) == 3
+
+
+def test_a_study_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "studies").mkdir()
+    study = open_study(storage=f"sqlite:///{tmp_path}/studies/digits.db", name="digits")
+    study.add_trial(
+        optuna.trial.create_trial(
+            value=0.1,
+            params={"batch_size": 32, "lr": 1e-3},
+            distributions={
+                "batch_size": optuna.distributions.IntDistribution(16, 512, log=True),
+                "lr": optuna.distributions.FloatDistribution(1e-5, 1e-1, log=True),
+            },
+        )
+    )
+    run = tune(tmp_path, *SHORT)
+    assert run.returncode == 2
+    assert "has trials of something else than this command" in run.stderr
+    assert len(trials(tmp_path, "digits")) == 1
 
 
 @pytest.mark.slow
@@ -157,6 +223,7 @@ def test_a_limit_too_small_for_one_sample_ends_the_study_early(tmp_path: Path) -
         (["--trials", "none"], "error: trials=none; must be a whole number."),
         (["--batch-size", "64:16"], "error: batch_size=64:16; must be LOW:HIGH"),
         (["--frobnicate"], "error: unrecognized arguments: --frobnicate; see "),
+        (["my_task.py", "--task", "text"], "error: task=text and my_task.py; name one of them."),
         (["nowhere.toml"], "error: nowhere.toml: No such file or directory"),
     ],
 )

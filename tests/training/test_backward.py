@@ -307,6 +307,35 @@ class Hungry(nn.Module):
         return outputs
 
 
+def test_buffers_that_are_replaced_or_made_leave_nothing_behind() -> None:
+    class Moving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(4, 1)
+            self.register_buffer("average", torch.zeros(()))
+            self.register_buffer("scale", None)
+            self.fail = True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.net(x)
+            self.average = 0.9 * self.average + 0.1 * y.detach().mean()
+            if self.scale is None:
+                self.scale = y.detach().abs().mean()
+            if self.fail:
+                self.fail = False
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB.")
+            return y / self.scale
+
+    model, x = Moving(), torch.randn(6, 4)
+    backward = AccumulatedBackward(model, lambda outputs, targets: (outputs**2).mean())
+    backward(x)
+    with torch.no_grad():
+        assert torch.equal(model.scale, model.net(x[:3]).abs().mean())
+    kept = [backward(x).loss for _ in range(20)]
+    assert len(kept) == 20
+    assert len(backward._buffer_copies) == 2  # kept from step to step, not one for each
+
+
 def test_backing_off_halves_until_it_fits_and_stays_there() -> None:
     model = Hungry(fits=3)
     backward = AccumulatedBackward(model, nn.functional.cross_entropy)

@@ -80,6 +80,7 @@ def test_a_tensor_data_set_is_taken_as_its_tensors() -> None:
         ({"train_data": [1, 2, 3]}, "train_data is a list; must be a pair"),
         ({"valid_data": (torch.zeros(2), torch.zeros(3))}, r"valid_data: .*\[2, 3\] samples"),
         ({"test_data": iter(())}, "test_data is a tuple_iterator"),
+        ({"valid_data": Squares(0)}, "valid_data holds no samples"),
         ({"optimizer": "adam"}, "optimizer='adam'; must be one of adamw, sgd"),
         ({"objective": "accuracy"}, "objective='accuracy'; must be one of loss"),
         ({"direction": "up"}, "direction='up'; must be 'minimize' or 'maximize'"),
