@@ -203,6 +203,8 @@ def _name_value(study: optuna.Study, name: str) -> None:
 
 
 def _stop_if_nothing_fits(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    if not is_out_of_memory(trial):
+        return
     last = study.get_trials(deepcopy=False, states=FINISHED)[-HOPELESS_TRIALS:]
     if len(last) == HOPELESS_TRIALS and all(map(is_out_of_memory, last)):
         study.stop()

@@ -41,16 +41,16 @@ def task() -> TrainingTask:
 
 
 def build_model() -> nn.Module:
-    """Two convolutions and a classifier; (N, 1, 8, 8) images to (N, 10) logits; 29,258 weights.
+    """Two convolutions and a classifier; (N, 1, 8, 8) images to (N, 10) logits; 48,074 weights.
 
     Group normalization, because batch normalization would make another function of every
     microbatch size.
     """
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.GroupNorm(8, 32),
+        nn.Conv2d(1, 64, 3, padding=1),
+        nn.GroupNorm(8, 64),
         nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1),
+        nn.Conv2d(64, 64, 3, padding=1),
         nn.GroupNorm(8, 64),
         nn.ReLU(),
         nn.MaxPool2d(2),

@@ -33,6 +33,7 @@ from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
 from bs_optuna.training.snapshot import StepSnapshot
+from bs_optuna.training.snapshot import draws_foreign
 
 
 _logger = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ class AccumulatedBackward:
         self._warned = self._exact_batch_norm  # that microbatches change BatchNorm
         devices = {p.device for module in self._modules for p in module.parameters()}
         self._device = devices.pop() if len(devices) == 1 else None
+        self._foreign = draws_foreign(model, loss_fn)
         self._buffer_copies: dict[tuple[int, str], torch.Tensor] = {}
         if scaler is not None:
             # It makes its tensors in the first use, and one that failed there stays half made.
@@ -210,7 +212,9 @@ class AccumulatedBackward:
         """The loss of the batch, or what ran out; then nothing is left of the attempt."""
         before = None
         try:
-            before = StepSnapshot(self._modules, batch, self._buffer_copies)
+            before = StepSnapshot(
+                self._modules, batch, buffer_copies=self._buffer_copies, foreign=self._foreign
+            )
             with working_onednn():
                 loss = self._run(plan, batch)
             before.commit()

@@ -140,7 +140,8 @@ class TrainingObjective:
             finally:
                 self._store(trial, run, learning_rate, reason)
         if reason is not None:
-            empty_caches()
+            if reason.startswith("memory"):
+                empty_caches()
             raise optuna.TrialPruned(reason)
         assert value is not None
         return value

@@ -21,26 +21,29 @@ class StepSnapshot:
     """The state before an attempt; ``commit`` keeps what the attempt did, ``restore`` undoes it.
 
     Gradients that exist before the step are set aside and added back by ``commit``. The random
-    states are those of Python, NumPy, the CPU and the device of the parameters; a generator that
-    the model keeps for itself is not known here.
+    states are those of the CPU, the device of the parameters, and Python and NumPy if asked for; a
+    generator that the model keeps for itself is not known here.
 
     Args:
         modules: The modules whose parameters and buffers the step may change.
         batch: The pytree of tensors whose own gradients are looked after as well.
         buffer_copies: Memory for the copies of buffers, kept by the caller from step to step.
+        foreign: Whether the random states of Python and NumPy may be drawn from.
     """
 
     def __init__(
         self,
         modules: Sequence[nn.Module],
         batch: Any,
+        *,
         buffer_copies: dict[tuple[int, str], torch.Tensor],
+        foreign: bool,
     ) -> None:
         self._modules = modules
         self._leaves = _leaves(modules, batch)
         self._gradients = [leaf.grad for leaf in self._leaves]
         self._buffers = _copied_buffers(modules, buffer_copies)
-        self._random = RandomStates(self._leaves)
+        self._random = RandomStates(self._leaves, foreign=foreign)
         for leaf in self._leaves:
             leaf.grad = None
 
@@ -79,6 +82,17 @@ class _SavedBuffer:
             setattr(self.module, self.name, self.buffer)
 
 
+def draws_foreign(model: nn.Module, loss_fn: object) -> bool:
+    """Whether model or loss hold code that is not PyTorch's, which draws from neither."""
+    parts = [m for root in (model, loss_fn) if isinstance(root, nn.Module) for m in root.modules()]
+    own = any("forward" in vars(m) or not _is_torchs(type(m)) for m in parts)
+    return own or not (isinstance(loss_fn, nn.Module) or _is_torchs(loss_fn))
+
+
+def _is_torchs(thing: object) -> bool:
+    return str(getattr(thing, "__module__", "")).startswith("torch.")
+
+
 def _leaves(modules: Sequence[nn.Module], batch: Any) -> list[torch.Tensor]:
     parameters = [p for module in modules for p in module.parameters()]
     tensors = [t for t in optree.tree_leaves(batch) if t.requires_grad]
@@ -104,9 +118,9 @@ def _named_buffers(
     modules: Sequence[nn.Module],
 ) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
     for root in modules:
-        for module in root.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                yield module, name, buffer
+        for path, buffer in root.named_buffers():
+            owner, _, name = path.rpartition(".")
+            yield root.get_submodule(owner), name, buffer
 
 
 class RandomStates:
@@ -114,11 +128,12 @@ class RandomStates:
 
     Args:
         leaves: Tensors whose devices say which generators those are, beside the CPU's.
+        foreign: Whether Python's and NumPy's are among them; reading these takes longer than all
+            the rest.
     """
 
-    def __init__(self, leaves: Sequence[torch.Tensor]) -> None:
-        self._python = random.getstate()
-        self._numpy = np.random.get_state()
+    def __init__(self, leaves: Sequence[torch.Tensor], *, foreign: bool = True) -> None:
+        self._foreign = (random.getstate(), np.random.get_state()) if foreign else None
         self._cpu = torch.get_rng_state()
         types = {leaf.device.type for leaf in leaves} - {"cpu"}
         self._cuda = torch.cuda.get_rng_state_all() if "cuda" in types else None
@@ -126,8 +141,10 @@ class RandomStates:
 
     def restore(self) -> None:
         """Puts every generator back."""
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
+        if self._foreign is not None:
+            python, numpy = self._foreign
+            random.setstate(python)
+            np.random.set_state(numpy)
         torch.set_rng_state(self._cpu)
         if self._cuda is not None:
             torch.cuda.set_rng_state_all(self._cuda)

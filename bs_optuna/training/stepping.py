@@ -164,7 +164,8 @@ class _Before:
         else:
             tensors += parameters
             self._copies = [(tensors, [_copy(t, "cpu" if on_host else t.device) for t in tensors])]
-        self._random = RandomStates(parameters)
+        # Nothing is drawn by those that step in place.
+        self._random = None if in_place else RandomStates(parameters)
 
     def restore(self) -> None:
         with torch.no_grad():
@@ -180,7 +181,8 @@ class _Before:
             group.update({"params": parameters, **settings})
         vars(self._optimizer).clear()
         vars(self._optimizer).update(self._attributes)
-        self._random.restore()
+        if self._random is not None:
+            self._random.restore()
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
