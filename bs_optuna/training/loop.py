@@ -237,7 +237,7 @@ class TrainingRun:
             result = self._backward(inputs, targets)
         except MicrobatchDoesNotFitError as error:
             self.failed_sizes += error.sizes_tried
-            self.microbatch_size = 1
+            self.microbatch_size = error.sizes_tried[-1]
             raise
         self.failed_sizes += result.sizes_tried[:-1]
         self.microbatch_size = result.microbatch_size

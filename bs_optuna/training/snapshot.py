@@ -48,7 +48,7 @@ class StepSnapshot:
             leaf.grad = None
 
     def commit(self) -> None:
-        """Adds the gradients that were there before. In place: they are lost if this fails."""
+        """Adds the gradients that were there before, which stay as they are for ``restore``."""
         for leaf, before in zip(self._leaves, self._gradients, strict=True):
             if leaf.grad is None:
                 leaf.grad = before
