@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 
 from bs_optuna.errors import StudyError
 from bs_optuna.sampling import history
+from bs_optuna.sampling.blas import one_thread
 from bs_optuna.sampling.fit import THOROUGH
 from bs_optuna.sampling.fit import Fit
 from bs_optuna.sampling.sampler import CoupledSampler
@@ -115,9 +116,10 @@ def recommend(
     seen = history.read(trials, study.directions, [axis.name for axis in space.axes])
     rng = np.random.default_rng(seed)
     belief = history.informed(_prior(study, prior), trials)
-    fit = Fit(space, belief, seen, rng, effort=THOROUGH)
     sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
-    return _Answer(fit, seen, trials, rng, sign).at(batch_size)
+    with one_thread():
+        fit = Fit(space, belief, seen, rng, effort=THOROUGH)
+        return _Answer(fit, seen, trials, rng, sign).at(batch_size)
 
 
 class _Answer:

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial
 from bs_optuna.errors import ConfigError
 from bs_optuna.sampling import history
 from bs_optuna.sampling.acquisition import suggest
+from bs_optuna.sampling.blas import one_thread
 from bs_optuna.sampling.cost import measured
 from bs_optuna.sampling.fit import QUICK
 from bs_optuna.sampling.fit import Fit
@@ -102,10 +103,11 @@ class CoupledSampler(BaseSampler):
         if len(seen) < _START_TRIALS:
             taken = space.coordinates([*seen.params, *seen.running])
             return space.params(start_point(space, prior, trial.number, rng, fixed, taken))
-        fit = Fit(space, prior, seen, rng, effort=QUICK, walkers=self._walkers)
-        self._walkers = fit.walkers
         costs = {} if self._cost is None else measured(trials, self._cost)
-        return space.params(suggest(fit, rng, fixed, costs))
+        with one_thread():
+            fit = Fit(space, prior, seen, rng, effort=QUICK, walkers=self._walkers)
+            self._walkers = fit.walkers
+            return space.params(suggest(fit, rng, fixed, costs))
 
     def sample_independent(
         self,

@@ -5,8 +5,11 @@ B: samples per optimizer step (batch_size); b_j: samples in microbatch j; sum(b_
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,22 @@ class AccumulationPlan:
         if self.microbatch_limit < 1:
             raise ValueError(f"microbatch_limit={self.microbatch_limit}; must be at least 1.")
 
-    @property
+    @cached_property
     def accumulation_steps(self) -> int:
         """Number of microbatches, ceil(B / limit)."""
         return -(-self.batch_size // self.microbatch_limit)
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Samples in each microbatch, larger ones first; they differ by at most one."""
         small, larger = divmod(self.batch_size, self.accumulation_steps)
         return (small + 1,) * larger + (small,) * (self.accumulation_steps - larger)
+
+    @property
+    def slices(self) -> Iterator[slice]:
+        """Where each microbatch lies in the batch."""
+        ends = itertools.accumulate(self.sizes, initial=0)
+        return (slice(start, end) for start, end in itertools.pairwise(ends))
 
     @property
     def microbatch_size(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from typing import Literal
@@ -234,40 +235,36 @@ class AccumulatedBackward:
         return verdict
 
     def _run(self, plan: AccumulationPlan, batch: Batch) -> torch.Tensor:
-        parts = self._parts(plan, batch)
-        split = self._exact_batch_norm and plan.accumulation_steps > 1
-        statistics = WholeBatchStatistics(self._modules if split else ())
+        if plan.accumulation_steps == 1:
+            if self._count is not None:
+                self._weights([batch], plan)  # refuses a batch without any target
+            return self._accumulated(batch, 1.0)
         total: torch.Tensor | None = None
-        for weight, part in parts:
+        statistics = WholeBatchStatistics(self._modules if self._exact_batch_norm else ())
+        microbatches = [take(batch, part) for part in plan.slices]  # views, not copies
+        for weight, part in zip(self._weights(microbatches, plan), microbatches, strict=True):
+            if weight == 0:  # the mean over nothing is NaN, and would spoil the sum
+                continue
             with statistics.microbatch():
-                loss = self._loss(part)
-            if weight != 1.0:
-                loss = loss * weight
-            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
-            loss = loss.detach()
+                loss = self._accumulated(part, weight)
             total = loss if total is None else total + loss
         statistics.write()
-        assert total is not None  # a plan has at least one microbatch, a count at least one target
+        assert total is not None  # there is at least one target
         return total
 
-    def _parts(self, plan: AccumulationPlan, batch: Batch) -> list[tuple[float, Batch]]:
-        """Microbatches (views, not copies) and their weights; none without a target."""
-        if plan.accumulation_steps == 1:
-            microbatches = [batch]
-        else:
-            microbatches = []
-            start = 0
-            for size in plan.sizes:
-                microbatches.append(take(batch, slice(start, start + size)))
-                start += size
+    def _accumulated(self, part: Batch, weight: float) -> torch.Tensor:
+        loss = self._loss(part)
+        if weight != 1.0:
+            loss = loss * weight
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+        return loss.detach()
+
+    def _weights(self, microbatches: list[Batch], plan: AccumulationPlan) -> Sequence[float]:
         if self._reduction == "sum":
-            return [(1.0, microbatch) for microbatch in microbatches]
+            return (1.0,) * len(microbatches)
         if self._count is None:
-            return list(zip(weights(plan.sizes), microbatches, strict=True))
-        counts = [float(self._count(*microbatch)) for microbatch in microbatches]
-        # The mean over nothing is NaN, and NaN times the weight 0 would spoil the sum.
-        pairs = zip(weights(counts), microbatches, strict=True)
-        return [(weight, microbatch) for weight, microbatch in pairs if weight > 0]
+            return weights(plan.sizes)
+        return weights([float(self._count(*microbatch)) for microbatch in microbatches])
 
     def _loss(self, part: Batch) -> torch.Tensor:
         inputs, targets = part if self._device is None else moved(part, self._device)

@@ -29,9 +29,7 @@ def take(batch: Any, samples: slice | torch.Tensor) -> Any:
 
 def moved(batch: Batch, device: torch.device) -> Batch:
     """The batch with every tensor on the device."""
-    inputs, targets = batch
-    move = partial(_to, device)
-    return optree.tree_map(move, inputs), optree.tree_map(move, targets)
+    return optree.tree_map(partial(_to, device), batch)  # type: ignore[arg-type,return-value]
 
 
 def _to(device: torch.device, leaf: torch.Tensor) -> torch.Tensor:

@@ -93,24 +93,24 @@ def _is_torchs(thing: object) -> bool:
     return str(getattr(thing, "__module__", "")).startswith("torch.")
 
 
-def _leaves(modules: Sequence[nn.Module], batch: Any) -> list[torch.Tensor]:
-    parameters = [p for module in modules for p in module.parameters()]
-    tensors = [t for t in optree.tree_leaves(batch) if t.requires_grad]
-    unique = {id(t): t for t in (*parameters, *tensors) if t.requires_grad and t.is_leaf}
-    return list(unique.values())
+def _leaves(modules: Sequence[nn.Module], batch: Any) -> Sequence[torch.Tensor]:
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    tensors = [t for t in optree.tree_leaves(batch) if t.requires_grad and t.is_leaf]
+    if len(modules) == 1 and not tensors:  # which names none of its parameters twice
+        return parameters
+    return list({id(t): t for t in (*parameters, *tensors)}.values())
 
 
 def _copied_buffers(
     modules: Sequence[nn.Module], copies: dict[tuple[int, str], torch.Tensor]
 ) -> list[_SavedBuffer]:
     saved = []
-    with torch.no_grad():
-        for module, name, buffer in _named_buffers(modules):
-            key = (id(module), name)
-            copy = copies.get(key)
-            if copy is None or copy.shape != buffer.shape or copy.dtype != buffer.dtype:
-                copy = copies[key] = torch.empty_like(buffer)
-            saved.append(_SavedBuffer(module, name, buffer, copy.copy_(buffer)))
+    for module, name, buffer in _named_buffers(modules):
+        key = (id(module), name)
+        copy = copies.get(key)
+        if copy is None or copy.shape != buffer.shape or copy.dtype != buffer.dtype:
+            copy = copies[key] = torch.empty_like(buffer)
+        saved.append(_SavedBuffer(module, name, buffer, copy.copy_(buffer.detach())))
     return saved
 
 

@@ -86,19 +86,25 @@ class GuardedStep:
             StepDoesNotFitError: The step does not fit. Parameters, optimizer state, scale and
                 random states are as before; gradients may be unscaled or clipped.
         """
-        parts = _parts(self._optimizer)
         if self._scaler is not None:
             # It works part by part: with several, one that failed may have left some unscaled.
-            attempts = ATTEMPTS if len(parts) == 1 else 1
+            attempts = ATTEMPTS if len(_parts(self._optimizer)) == 1 else 1
             self._survive("unscale_", partial(self._scaler.unscale_, self._optimizer), attempts)
         if self._max_norm is not None:
-            self._clip(parts, self._max_norm)
-        in_place = self._scaler is None and _steps_in_place(self._optimizer, parts)
-        parameters = [p for part in parts for p in part]
-        guard = partial(_Before, self._optimizer, parameters, in_place)
-        self._survive("optimizer.step", self._step, guard=guard)
+            self._clip(_parts(self._optimizer), self._max_norm)
+        self._survive("optimizer.step", self._step, guard=self._guard())
         if self._scaler is not None:
             self._survive("GradScaler.update", self._scaler.update)
+
+    def _guard(self) -> Callable[[bool], _Before | _Counters]:
+        optimizer = self._optimizer
+        in_place = self._scaler is None and _steps_in_place(optimizer)
+        parameters = _stepped(optimizer)
+        if in_place and all(map(optimizer.state.get, parameters)):
+            return lambda on_host: _Counters(optimizer)
+        # The state of a later part is created when the first has already been stepped.
+        in_place = in_place and len(_parts(optimizer)) <= 1
+        return partial(_Before, optimizer, parameters, in_place)
 
     def _clip(self, parts: list[list[torch.Tensor]], max_norm: float) -> None:
         grads = [p.grad for part in parts for p in part if p.grad is not None]
@@ -118,7 +124,7 @@ class GuardedStep:
         what: str,
         action: Callable[[], Any],
         attempts: int = ATTEMPTS,
-        guard: Callable[[bool], _Before] | None = None,
+        guard: Callable[[bool], _Before | _Counters] | None = None,
     ) -> Any:
         for attempt in range(attempts):
             outcome = _attempt(action, None if guard is None else partial(guard, attempt > 0))
@@ -152,26 +158,21 @@ class _Before:
     ) -> None:
         self._optimizer = optimizer
         self._attributes = dict(vars(optimizer))
-        # Optree's walk takes as long as a small step does; what steps in place keeps flat dicts.
-        copied: Callable[[Any], Any] = dict if in_place else _containers_copied
-        leaves: Callable[[Any], Iterable[Any]] = dict.values if in_place else optree.tree_leaves
-        self._state = {key: copied(entry) for key, entry in optimizer.state.items()}
-        self._settings = [copied(_settings(group)) for group in optimizer.param_groups]
+        self._state = {key: _containers_copied(e) for key, e in optimizer.state.items()}
+        self._settings = [_containers_copied(_settings(group)) for group in optimizer.param_groups]
         kept = (*self._state.values(), *self._settings)
-        tensors = [x for entry in kept for x in leaves(entry) if isinstance(x, torch.Tensor)]
+        tensors = [x for e in kept for x in optree.tree_leaves(e) if isinstance(x, torch.Tensor)]
         if in_place:
-            self._copies = _counters(tensors)
+            tensors = [t for t in tensors if t.numel() == 1]
         else:
             tensors += parameters
-            self._copies = [(tensors, [_copy(t, "cpu" if on_host else t.device) for t in tensors])]
+        copies = [_copy(t, "cpu" if on_host else t.device) for t in tensors]
+        self._copies: _Copies = [(tensors, copies)]
         # Nothing is drawn by those that step in place.
         self._random = None if in_place else RandomStates(parameters)
 
     def restore(self) -> None:
-        with torch.no_grad():
-            for tensors, copies in self._copies:
-                for tensor, copy in zip(tensors, copies, strict=True):
-                    tensor.copy_(copy)
+        _write_back(self._copies)
         state = self._optimizer.state
         state.clear()
         state.update(self._state)
@@ -183,6 +184,24 @@ class _Before:
         vars(self._optimizer).update(self._attributes)
         if self._random is not None:
             self._random.restore()
+
+
+class _Counters:
+    """The step counters: all that is left half done by one that steps in place and has its state.
+
+    Args:
+        optimizer: About to step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        counters = defaultdict(list)
+        for entry in optimizer.state.values():
+            if (step := entry.get("step")) is not None:
+                counters[step.device].append(step)
+        self._copies: _Copies = [(same, torch.stack(same)) for same in counters.values()]
+
+    def restore(self) -> None:
+        _write_back(self._copies)
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
@@ -197,16 +216,14 @@ def _containers_copied(tree: Any) -> Any:
     return optree.tree_map(lambda leaf: leaf, tree)
 
 
-def _counters(tensors: list[torch.Tensor]) -> _Copies:
-    """The tensors of one element and their copies, made in one operation for those alike."""
-    alike = defaultdict(list)
-    for tensor in tensors:
-        if tensor.numel() == 1:
-            alike[tensor.device, tensor.dtype, tensor.shape].append(tensor)
-    return [(same, torch.stack(same)) for same in alike.values()]
+def _write_back(copies: _Copies) -> None:
+    with torch.no_grad():
+        for tensors, copied in copies:
+            for tensor, copy in zip(tensors, copied, strict=True):
+                tensor.copy_(copy)
 
 
-def _attempt(action: Callable[[], Any], guard: Callable[[], _Before] | None) -> Any:
+def _attempt(action: Callable[[], Any], guard: Callable[[], _Before | _Counters] | None) -> Any:
     """What the action returns, or what ran out; then nothing is left of the attempt."""
     before = None
     try:
@@ -224,6 +241,11 @@ def _attempt(action: Callable[[], Any], guard: Callable[[], _Before] | None) -> 
     return verdict
 
 
+def _stepped(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The parameters with a gradient."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
 def _parts(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
     """The parameters with a gradient, by group, device and type: what one fused call can take."""
     parts = defaultdict(list)
@@ -234,13 +256,10 @@ def _parts(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
     return list(parts.values())
 
 
-def _steps_in_place(optimizer: torch.optim.Optimizer, parts: list[list[torch.Tensor]]) -> bool:
-    """Whether a failure can only come before the first parameter is touched."""
+def _steps_in_place(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a failure comes before the parameters of a part are touched, once it has state."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
-    if type(optimizer) not in _IN_PLACE or not fused:
-        return False
-    # The state of a later part is created when the first has already been stepped.
-    return len(parts) <= 1 or all(optimizer.state.get(p) for part in parts for p in part)
+    return fused and type(optimizer) in _IN_PLACE
 
 
 def _does_not_fit(what: str, verdict: OutOfMemory) -> StepDoesNotFitError:
