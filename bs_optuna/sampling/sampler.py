@@ -75,6 +75,7 @@ class CoupledSampler(BaseSampler):
         self._cost = cost
         self._entropy = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._walkers: Array | None = None
+        self._read: tuple[Study, int, list[FrozenTrial]] | None = None
         self._warned: set[str] = set()
 
     @property
@@ -86,18 +87,20 @@ class CoupledSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """The parameters that all finished trials share."""
-        return history.shared_space(study.get_trials(deepcopy=False))
+        trials = study.get_trials(deepcopy=False)
+        self._read = (study, trial.number, trials)
+        return history.shared_space(trials)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Suggest all shared parameters at once."""
+        trials = [t for t in self._trials(study, trial) if t.number != trial.number]
         if not search_space:
             return {}
         space = self._space(search_space)
         rng = self._rng(trial)
         fixed = space.fixed(_known(trial))
-        trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         seen = history.read(trials, study.directions, search_space)
         prior = history.informed(self._prior, trials)
         if len(seen) < _START_TRIALS:
@@ -126,6 +129,13 @@ class CoupledSampler(BaseSampler):
         fixed = space.fixed(_known(trial))
         point = start_point(space, self._prior, trial.number, rng, fixed, space.coordinates([]))
         return space.params(point)[param_name]
+
+    def _trials(self, study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
+        """Those that the search space was inferred from, a moment ago; reading takes long."""
+        read, self._read = self._read, None
+        if read is not None and read[0] is study and read[1] == trial.number:
+            return read[2]
+        return study.get_trials(deepcopy=False)
 
     def _company(self, trial: FrozenTrial, name: str) -> dict[str, BaseDistribution]:
         """What a parameter suggested alone has to fit: batch size for lr, and the reverse.

@@ -184,7 +184,7 @@ class Model:
 
 
 def _forward_solved(lower: Array, right: Array) -> Array:
-    """L^-1 b, by LAPACK itself: at these sizes the checks around it would take three times as long."""
+    """L^-1 b by LAPACK itself; at these sizes the checks around it take three times as long."""
     solved: Array
     solved, _ = dtrtrs(lower.T, right, lower=0, trans=1)  # its transpose is in Fortran's order
     return solved
