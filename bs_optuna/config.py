@@ -161,6 +161,9 @@ class StudyConfig(BaseModel):
     memory_limit: Annotated[int | None, BeforeValidator(parse_bytes)] = Field(
         None, description="memory that training may hold, as in 512MiB (default: the device's)"
     )
+    oom_budget: Annotated[float, BeforeValidator(_number)] = Field(
+        0.5, ge=0, le=1, description="part of a trial's time that may be lost to memory"
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps, ...")
     seed: Whole = Field(0, ge=0, le=2**32 - 1, description="of sampler, weights and data order")
     final_runs: Whole = Field(

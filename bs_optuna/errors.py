@@ -6,6 +6,7 @@ BsOptunaError
 │   ├── TaskError             the task: not found, not a task, data smaller than the batch
 │   ├── StudyError            the study: no database, read-only, another search space
 │   └── UntraceableError      the task's step cannot be predicted, only run
+├── ThrashingError            memory runs out again and again
 ├── MicrobatchDoesNotFitError not even one sample fits into memory
 └── StepDoesNotFitError       the optimizer's step does not fit into memory
 """
@@ -37,6 +38,10 @@ class StudyError(UserError):
 
 class UntraceableError(UserError):
     """A training step cannot be followed without running it."""
+
+
+class ThrashingError(BsOptunaError, MemoryError):
+    """A training loses more time to running out of memory than it may."""
 
 
 class MicrobatchDoesNotFitError(BsOptunaError, MemoryError):

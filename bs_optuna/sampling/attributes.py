@@ -14,6 +14,8 @@ EFFECTIVE_BATCH_SIZE = "effective_batch_size"  # int, samples per optimizer step
 MICROBATCH_SIZE = "microbatch_size"  # int, the last one used (it only shrinks)
 ACCUMULATION_STEPS = "accumulation_steps"  # int, microbatches per step at that size
 BACKOFFS = "backoffs"  # int, how often the microbatch was halved
+OOM_ATTEMPTS = "oom_attempts"  # int, attempts that ran out of memory, where there were any
+OOM_SECONDS = "oom_seconds"  # float, what they took
 PEAK_MEMORY_BYTES = "peak_memory_bytes"  # int, of the trial, where the device tells
 SECONDS = "seconds"  # float, of training and evaluation
 SAMPLES = "samples"  # int, training samples seen
@@ -27,6 +29,7 @@ NOISE_SCALE = "gradient_noise_scale"  # float, measured B_simple in samples
 MEMORY_KEY = "memory_key"  # str, what the two below depend on
 MICROBATCH_FITS = "microbatch_fits"  # int, largest microbatch that ran a full step
 MICROBATCH_FAILS = "microbatch_fails"  # int, smallest microbatch that ran out of memory
+EVALUATION_FITS = "evaluation_fits"  # int, piece of an evaluation that fitted after larger failed
 
 # Of a study.
 CONFIG = "config"  # dict, the StudyConfig that made it

@@ -5,6 +5,7 @@ Whether a microbatch fits is monotone in its size, so two numbers hold all that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +13,11 @@ from dataclasses import dataclass
 
 # What is left of a prediction that has failed: it is rarely wrong by more.
 PREDICTION_LOWERED = 0.9
+
+
+def most_attempts(size: int) -> int:
+    """Attempts within which every search for a size up to this one ends: 2 log2(size) + 2."""
+    return 2 * math.ceil(math.log2(size)) + 2
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,7 @@ def prepare(config: StudyConfig, task: TrainingTask) -> Tuning:
         learning_rate=rates,
         microbatch_size=config.microbatch_size,
         memory_limit=config.memory_limit,
+        oom_budget=config.oom_budget,
         device=device_named(config.device),
         seed=config.seed,
     )

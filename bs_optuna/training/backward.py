@@ -7,6 +7,7 @@ gradient = sum_j w_j * gradient of the mean loss of microbatch j.
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from bs_optuna.training.batches import batch_length
 from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import moved
 from bs_optuna.training.batches import take
+from bs_optuna.training.lost import Lost
 from bs_optuna.training.normalization import WholeBatchStatistics
 from bs_optuna.training.normalization import splits_batch_norm
 from bs_optuna.training.onednn import give_up_onednn
@@ -106,6 +108,9 @@ class AccumulatedBackward:
             that reach a BatchNorm behind another one, are not those of the whole batch;
             `convert_batch_norm` takes BatchNorm out altogether.
 
+    Attributes:
+        lost: What running out of memory has cost in all calls together.
+
     Example:
         >>> backward = AccumulatedBackward(model, loss_fn, microbatch_size="auto")
         >>> for inputs, targets in loader:
@@ -136,6 +141,7 @@ class AccumulatedBackward:
             raise ValueError("count is for reduction='mean' only; a sum needs no weights.")
         if batch_norm not in ("microbatch", "exact"):
             raise ValueError(f"batch_norm={batch_norm!r}; must be 'microbatch' or 'exact'.")
+        self.lost = Lost()
         self._modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
         self._model = model
         self._loss_fn = loss_fn
@@ -179,6 +185,7 @@ class AccumulatedBackward:
         while True:
             if plan.accumulation_steps > 1 and not self._warned:
                 self._warn(plan)
+            began = time.perf_counter()
             outcome = self._attempt(plan, batch)
             if isinstance(outcome, torch.Tensor):
                 return BackwardResult(
@@ -189,6 +196,7 @@ class AccumulatedBackward:
                     sizes_tried=tuple(tried),
                 )
             empty_caches()
+            self.lost.add(began)
             if give_up_onednn(outcome):
                 continue
             if plan.microbatch_size == 1 or not outcome.retryable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import AbstractContextManager
 
 import torch
@@ -14,6 +15,8 @@ from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import moved
 from bs_optuna.training.data import Data
 from bs_optuna.training.data import evaluation_batches
+from bs_optuna.training.data import length
+from bs_optuna.training.lost import Lost
 from bs_optuna.training.onednn import give_up_onednn
 from bs_optuna.training.onednn import working_onednn
 from bs_optuna.training.oom import OutOfMemory
@@ -32,11 +35,16 @@ class Evaluation:
     Args:
         task: Gives loss, metrics and what their means are taken over.
         batch_size: Samples in a piece, to begin with.
+
+    Attributes:
+        batch_size: Samples in a piece, now.
+        lost: What running out of memory has cost in all evaluations together.
     """
 
     def __init__(self, task: TrainingTask, *, batch_size: int) -> None:
+        self.lost = Lost()
         self._task = task
-        self._batch_size = batch_size
+        self.batch_size = batch_size
 
     def __call__(
         self, model: nn.Module, data: Data, *, within: AbstractContextManager[object]
@@ -51,24 +59,27 @@ class Evaluation:
         Raises:
             MicrobatchDoesNotFitError: One sample does not fit.
         """
-        tried = [self._batch_size]
+        tried = [self.batch_size]
         while True:
+            began = time.perf_counter()
             outcome = self._attempt(model, data, within)
             if isinstance(outcome, dict):
                 return outcome
             empty_caches()
+            self.lost.add(began)
             if give_up_onednn(outcome):
                 continue
-            if self._batch_size == 1 or not outcome.retryable:
+            self.batch_size = min(self.batch_size, length(data))
+            if self.batch_size == 1 or not outcome.retryable:
                 raise MicrobatchDoesNotFitError(
                     f"Out of memory ({outcome.kind}) in evaluation with pieces of "
-                    f"{self._batch_size}; use a smaller model or give it more memory.",
+                    f"{self.batch_size}; use a smaller model or give it more memory.",
                     sizes_tried=tried,
                     bytes_requested=outcome.bytes_requested,
                 )
-            self._batch_size //= 2
-            tried.append(self._batch_size)
-            _logger.info("out of memory in evaluation; pieces of %d now", self._batch_size)
+            self.batch_size //= 2
+            tried.append(self.batch_size)
+            _logger.info("out of memory in evaluation; pieces of %d now", self.batch_size)
 
     def _attempt(
         self, model: nn.Module, data: Data, within: AbstractContextManager[object]
@@ -93,7 +104,7 @@ class Evaluation:
         device = next(model.parameters()).device
         sums = dict.fromkeys(functions, 0.0)
         total = 0.0
-        for batch in evaluation_batches(data, batch_size=self._batch_size):
+        for batch in evaluation_batches(data, batch_size=self.batch_size):
             inputs, targets = moved(batch, device)
             count = self._task.count
             weight = float(count(inputs, targets) if count else batch_length(batch))

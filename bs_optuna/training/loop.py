@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import replace
@@ -15,13 +16,16 @@ from torch import nn
 
 from bs_optuna.errors import BsOptunaError
 from bs_optuna.errors import MicrobatchDoesNotFitError
+from bs_optuna.errors import ThrashingError
 from bs_optuna.science.accumulation import AccumulationPlan
 from bs_optuna.science.companions import warmup_steps
+from bs_optuna.science.memory import most_attempts
 from bs_optuna.training.backward import AccumulatedBackward
 from bs_optuna.training.budget import Budget
 from bs_optuna.training.data import Data
 from bs_optuna.training.data import training_batches
 from bs_optuna.training.evaluation import Evaluation
+from bs_optuna.training.lost import Lost
 from bs_optuna.training.memory_limit import MemoryLimit
 from bs_optuna.training.peak_memory import PeakMemory
 from bs_optuna.training.recipes import LONGEST_WARMUP
@@ -35,6 +39,7 @@ from bs_optuna.training.task import TrainingTask
 # On accelerators reading a loss waits for the device; every so many steps is soon enough.
 STEPS_BETWEEN_CHECKS = 16
 SMALLEST_EVALUATION_BATCH = 256
+OOM_BUDGET = 0.5
 
 
 class DivergedError(BsOptunaError, ArithmeticError):
@@ -54,6 +59,8 @@ class RunSettings:
         evaluation_batch_size: Most samples in a piece of an evaluation, to begin with; None leaves
             it to the microbatch.
         evaluations: How often to evaluate, the end included.
+        oom_budget: Largest part of the run's time that may be lost to running out of memory, once
+            there were more failures than any search for a size needs.
     """
 
     batch_size: int
@@ -63,6 +70,7 @@ class RunSettings:
     microbatch_size: int | None = None
     evaluation_batch_size: int | None = None
     evaluations: int = 5
+    oom_budget: float = OOM_BUDGET
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,13 @@ class TrainingRun:
 
     What really ran can be read at any time, also after the run was left or has failed.
 
+    Args:
+        task: What to train.
+        settings: With what.
+        device: Where.
+        limit: In force during the work on batches.
+        backed_off: Called after a step whose microbatch had to be made smaller.
+
     Attributes:
         samples: Training samples seen.
         steps: Optimizer steps done.
@@ -86,6 +101,7 @@ class TrainingRun:
         microbatch_size: Samples in the largest microbatch of the last step that was tried.
         fits: Largest microbatch with which the last full step was done; 0 before the first.
         failed_sizes: Microbatch sizes that ran out of memory.
+        evaluation_fits: Samples in a piece of an evaluation, if a larger piece ran out of memory.
         values: Validation loss and metrics of the last checkpoint.
     """
 
@@ -96,21 +112,25 @@ class TrainingRun:
         *,
         device: torch.device,
         limit: MemoryLimit,
+        backed_off: Callable[[TrainingRun], None] = lambda run: None,
     ) -> None:
         self._task = task
         self._settings = settings
         self._device = device
         self._limit = limit
+        self._backed_off = backed_off
         self._peak = PeakMemory(device)
         self._total = settings.budget.steps(settings.batch_size)  # None: the clock decides
         self._begin: float | None = None
         self._training_seconds = 0.0
+        self._losses: list[Lost] = []
         self.warmup = 0.0
         self.samples = 0
         self.steps = 0
         self.microbatch_size = settings.microbatch_size or settings.batch_size
         self.fits = 0
         self.failed_sizes: list[int] = []
+        self.evaluation_fits: int | None = None
         self.values: dict[str, float] = {}
 
     @property
@@ -128,6 +148,11 @@ class TrainingRun:
         """Time since the run began."""
         return 0.0 if self._begin is None else time.perf_counter() - self._begin
 
+    @property
+    def lost(self) -> Lost:
+        """What running out of memory has cost so far."""
+        return sum(self._losses, Lost())
+
     def peak_memory_bytes(self) -> int | None:
         """Most memory that the run has held at a time, None if the device does not tell."""
         return self._peak.bytes()
@@ -139,6 +164,7 @@ class TrainingRun:
             DivergedError: The loss is not finite.
             MicrobatchDoesNotFitError: A single sample does not fit.
             StepDoesNotFitError: The optimizer's step does not fit.
+            ThrashingError: Running out of memory has cost too much.
         """
         self._limit.start_trial()
         self._peak.start()
@@ -166,7 +192,10 @@ class TrainingRun:
         Raises:
             MicrobatchDoesNotFitError: One sample does not fit.
         """
-        return self._evaluation(self._model, data, within=self._limit.active())
+        values = self._evaluation(self._model, data, within=self._limit.active())
+        if self._evaluation.lost.attempts:
+            self.evaluation_fits = self._evaluation.batch_size
+        return values
 
     def _build(self) -> None:
         torch.manual_seed(self._settings.seed)
@@ -197,6 +226,7 @@ class TrainingRun:
         if self._settings.evaluation_batch_size is not None:
             pieces = max(1, min(pieces, self._settings.evaluation_batch_size))
         self._evaluation = Evaluation(self._task, batch_size=pieces)
+        self._losses = [self._backward.lost, self._guarded_step.lost, self._evaluation.lost]
 
     def _warmup(self) -> float:
         if self._total is None:
@@ -219,13 +249,17 @@ class TrainingRun:
             group["lr"] = peak * factor
         for parameter in self._parameters:  # optimizer.zero_grad() would take ten times as long
             parameter.grad = None
+        failures = len(self.failed_sizes)
         with self._limit.active():
             loss = self._gradient(inputs, targets)
             self._guarded_step()
         self.fits = self.microbatch_size
+        if len(self.failed_sizes) > failures:
+            self._backed_off(self)
         self.samples += self._settings.batch_size
         self.steps += 1
         self._check(loss)
+        self._check_lost()
         taken = time.perf_counter() - begin
         self._training_seconds += taken
         if self._settings.budget.unit == "seconds":
@@ -241,6 +275,17 @@ class TrainingRun:
         self.failed_sizes += result.sizes_tried[:-1]
         self.microbatch_size = result.microbatch_size
         return result.loss
+
+    def _check_lost(self) -> None:
+        lost = self.lost
+        if lost.attempts <= most_attempts(self._settings.batch_size):
+            return
+        if lost.seconds > self._settings.oom_budget * self.seconds:
+            raise ThrashingError(
+                f"{lost.attempts} attempts that ran out of memory took {lost.seconds:.2g} of "
+                f"{self.seconds:.2g} s, more than oom_budget={self._settings.oom_budget:g}; "
+                "give the training memory that does not come and go, or raise oom_budget."
+            )
 
     def _check(self, loss: torch.Tensor) -> None:
         wait = self._device.type == "cpu" or self._settings.budget.unit == "seconds"

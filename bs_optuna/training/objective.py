@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import contextmanager
 
 import optuna
@@ -13,10 +15,14 @@ from optuna.distributions import IntDistribution
 from bs_optuna.errors import ConfigError
 from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.errors import TaskError
+from bs_optuna.errors import ThrashingError
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import mark_memory
-from bs_optuna.science.memory import MicrobatchBounds
 from bs_optuna.training.budget import Budget
+from bs_optuna.training.known_sizes import KnownSizes
+from bs_optuna.training.known_sizes import known_sizes
+from bs_optuna.training.known_sizes import learned
+from bs_optuna.training.loop import OOM_BUDGET
 from bs_optuna.training.loop import DivergedError
 from bs_optuna.training.loop import RunSettings
 from bs_optuna.training.loop import TrainingRun
@@ -52,6 +58,8 @@ class TrainingObjective:
         learning_rate: Smallest and largest peak learning rate to search.
         microbatch_size: Largest microbatch to use; None finds it.
         memory_limit: Bytes that training may hold, None for what the device has.
+        oom_budget: Largest part of a trial's time that may be lost to running out of memory, beyond
+            the search for a size; a trial that loses more is pruned.
         device: Where to train; None is the accelerator if there is one.
         seed: Of weights and data order; trial number n gets seed + n.
 
@@ -69,6 +77,7 @@ class TrainingObjective:
         learning_rate: tuple[float, float] = (1e-5, 1e-1),
         microbatch_size: int | None = None,
         memory_limit: int | None = None,
+        oom_budget: float = OOM_BUDGET,
         device: torch.device | None = None,
         seed: int = 0,
     ) -> None:
@@ -81,6 +90,7 @@ class TrainingObjective:
         self._batch_size = batch_size
         self._learning_rate = learning_rate
         self._microbatch_size = microbatch_size
+        self._oom_budget = oom_budget
         self.seed = seed
         self._limit = limit_memory(self.device, memory_limit)
         self._limit.warm_up(self._rehearse)
@@ -118,18 +128,23 @@ class TrainingObjective:
         """
         batch_size, learning_rate = self.suggest(trial)
         _check_enough(self.task, batch_size)  # an enqueued one may lie outside the range
-        known = self._known_bounds(trial.study)
-        run = self._run(batch_size, learning_rate, self.seed + trial.number, known)
+        known = self._known(trial.study)
+
+        def backed_off(run: TrainingRun) -> None:
+            """Others begin while this one trains, which may take hours."""
+            _set_attributes(trial, learned(run, self._memory_key))
+
+        run = self._run(batch_size, learning_rate, self.seed + trial.number, known, backed_off)
         reason, value = None, None
         with _private_random_state(self.device):
             try:
-                if known.hopeless:
+                if known.microbatch.hopeless:
                     reason = "memory: a single sample is known not to fit"
                 else:
                     value, reason = self._train(trial, run)
             except DivergedError as error:
                 reason = f"diverged: {error}"
-            except MicrobatchDoesNotFitError as error:
+            except (MicrobatchDoesNotFitError, ThrashingError) as error:
                 reason = f"memory: {error}"
             except Exception as error:
                 verdict = classify(error)
@@ -165,14 +180,19 @@ class TrainingObjective:
             DivergedError: The loss is not finite.
             MicrobatchDoesNotFitError: A single sample does not fit.
         """
-        run = self._run(batch_size, learning_rate, seed, self._known_bounds(study))
+        run = self._run(batch_size, learning_rate, seed, self._known(study))
         with _private_random_state(self.device):
             *_, last = run.checkpoints()
             test = {} if self.task.test_data is None else run.evaluate(self.task.test_data)
         return {"valid": last.values, "test": test}
 
     def _run(
-        self, batch_size: int, learning_rate: float, seed: int, known: MicrobatchBounds
+        self,
+        batch_size: int,
+        learning_rate: float,
+        seed: int,
+        known: KnownSizes,
+        backed_off: Callable[[TrainingRun], None] = lambda run: None,
     ) -> TrainingRun:
         most = min(batch_size, self._microbatch_size or batch_size)
         with _private_random_state(self.device):
@@ -182,11 +202,14 @@ class TrainingObjective:
             learning_rate=learning_rate,
             budget=self.budget,
             seed=seed,
-            microbatch_size=known.start(most, predicted=predicted.microbatch),
-            evaluation_batch_size=predicted.evaluation,
+            microbatch_size=known.microbatch.start(most, predicted=predicted.microbatch),
+            evaluation_batch_size=known.evaluation or predicted.evaluation,
             evaluations=EVALUATIONS,
+            oom_budget=self._oom_budget,
         )
-        return TrainingRun(self.task, settings, device=self.device, limit=self._limit)
+        return TrainingRun(
+            self.task, settings, device=self.device, limit=self._limit, backed_off=backed_off
+        )
 
     def _train(self, trial: optuna.Trial, run: TrainingRun) -> tuple[float, str | None]:
         value = float("nan")
@@ -213,26 +236,18 @@ class TrainingObjective:
             attributes.STEPS: run.steps,
             attributes.WARMUP: run.warmup,
             attributes.DEVICE: str(self.device),
-            attributes.MEMORY_KEY: self._memory_key,
-            attributes.MICROBATCH_FITS: run.fits,
-            attributes.MICROBATCH_FAILS: min(run.failed_sizes, default=None),
+            attributes.OOM_ATTEMPTS: run.lost.attempts or None,
+            attributes.OOM_SECONDS: run.lost.seconds or None,
             attributes.PRUNE_REASON: reason,
         }
+        stored |= learned(run, self._memory_key)
         stored |= {f"{attributes.VALID_PREFIX}{k}": mean for k, mean in run.values.items()}
-        for key, value in stored.items():
-            if value is not None:
-                trial.set_user_attr(key, value)
+        _set_attributes(trial, stored)
         mark_memory(trial, fits=not (reason or "").startswith("memory"))
 
-    def _known_bounds(self, study: optuna.Study) -> MicrobatchBounds:
-        return MicrobatchBounds.merged(
-            MicrobatchBounds(
-                trial.user_attrs.get(attributes.MICROBATCH_FITS, 0),
-                trial.user_attrs.get(attributes.MICROBATCH_FAILS),
-            )
-            for trial in study.get_trials(deepcopy=False)
-            if trial.user_attrs.get(attributes.MEMORY_KEY) == self._memory_key
-        )
+    def _known(self, study: optuna.Study) -> KnownSizes:
+        trials = study.get_trials(deepcopy=False)
+        return known_sizes((trial.user_attrs for trial in trials), self._memory_key)
 
     def _rehearse(self) -> None:
         """One full small step, so that nothing is set up for the first time under a limit."""
@@ -249,6 +264,12 @@ class TrainingObjective:
         with _private_random_state(self.device):
             for _ in run.checkpoints():
                 pass
+
+
+def _set_attributes(trial: optuna.Trial, values: Mapping[str, float | str | None]) -> None:
+    for key, value in values.items():
+        if value is not None:
+            trial.set_user_attr(key, value)
 
 
 def default_device() -> torch.device:

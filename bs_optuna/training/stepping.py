@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from bs_optuna.errors import StepDoesNotFitError
+from bs_optuna.training.lost import Lost
 from bs_optuna.training.oom import OutOfMemory
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
@@ -57,6 +59,9 @@ class GuardedStep:
         scaler: The scaler of the gradients, for this optimizer alone; they are unscaled, checked
             and the scale updated here, so leave ``unscale_``, ``step`` and ``update`` out.
 
+    Attributes:
+        lost: What running out of memory has cost in all calls together.
+
     Example:
         >>> step = GuardedStep(optimizer, max_norm=1.0)
         >>> for inputs, targets in loader:
@@ -75,6 +80,7 @@ class GuardedStep:
     ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm={max_norm}; must be above 0, or None for no clipping.")
+        self.lost = Lost()
         self._optimizer = optimizer
         self._max_norm = max_norm
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
@@ -127,10 +133,12 @@ class GuardedStep:
         guard: Callable[[bool], _Before | _Counters] | None = None,
     ) -> Any:
         for attempt in range(attempts):
+            began = time.perf_counter()
             outcome = _attempt(action, None if guard is None else partial(guard, attempt > 0))
             if not isinstance(outcome, OutOfMemory):
                 return outcome
             empty_caches()
+            self.lost.add(began)
             _logger.info("out of memory in %s, attempt %d of %d", what, attempt + 1, attempts)
             if not outcome.retryable:
                 break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from typing import Any
@@ -279,11 +280,13 @@ def test_microbatches_change_neither_value_nor_batch(study: optuna.Study) -> Non
 def test_a_trial_starts_where_the_last_one_ended(study: optuna.Study) -> None:
     task = make_task(fits=8)
     objective = make_objective(task)
-    run_trial(objective, study, batch_size=64, lr=0.5)
+    first = run_trial(objective, study, batch_size=64, lr=0.5)
+    assert first.user_attrs[attributes.EVALUATION_FITS] == 8
     Limited.seen.clear()
     second = run_trial(make_objective(task), study, batch_size=48, lr=0.5)
     assert second.user_attrs[attributes.BACKOFFS] == 0
-    assert Limited.seen[0] == 8
+    assert max(Limited.seen) == 8
+    assert attributes.OOM_ATTEMPTS not in second.user_attrs
 
 
 def test_another_model_does_not_inherit_the_microbatch(study: optuna.Study) -> None:
@@ -332,6 +335,52 @@ def test_an_optimizer_without_room_prunes(study: optuna.Study) -> None:
     assert trial.state == TrialState.PRUNED
     assert "optimizer.step" in trial.user_attrs[attributes.PRUNE_REASON]
     assert attributes.MICROBATCH_FAILS not in trial.user_attrs
+
+
+class _SpikySGD(torch.optim.SGD):
+    """Every step meets a spike of somebody else's, and finds room when it is tried again."""
+
+    calls = itertools.count()  # of the class: what an optimizer holds itself is undone
+
+    def step(self, closure: Any = None) -> None:
+        if next(self.calls) % 2 == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        super().step()
+
+
+@pytest.mark.parametrize(("oom_budget", "steps"), [(0.0, 15), (1.0, 64)])
+def test_a_trial_that_loses_too_much_to_memory_is_pruned(
+    study: optuna.Study, oom_budget: float, steps: int
+) -> None:
+    task = make_task(optimizer=lambda parameters, rate: _SpikySGD(parameters, lr=rate))
+    objective = make_objective(task, oom_budget=oom_budget, budget=Budget("steps", 64))
+    trial = run_trial(objective, study, batch_size=64, lr=0.5)
+    assert trial.user_attrs[attributes.STEPS] == steps  # 14 = 2 log2(64) + 2 lost ones are free
+    assert trial.user_attrs[attributes.OOM_ATTEMPTS] == steps
+    assert 0 < trial.user_attrs[attributes.OOM_SECONDS] < trial.user_attrs[attributes.SECONDS]
+    pruned = trial.user_attrs.get(attributes.PRUNE_REASON, "").startswith("memory: 15 attempts")
+    assert pruned == (oom_budget == 0.0)
+
+
+def test_what_was_lost_is_counted_wherever_memory_ran_out(study: optuna.Study) -> None:
+    short = run_trial(make_objective(make_task(fits=8)), study, batch_size=64, lr=0.5)
+    # 64, 32 and 16 samples in the first step; 32, which are all, and 16 in the first evaluation.
+    assert short.user_attrs[attributes.OOM_ATTEMPTS] == 5
+    whole = run_trial(make_objective(make_task()), study, batch_size=64, lr=0.5)
+    assert attributes.OOM_ATTEMPTS not in whole.user_attrs
+    assert attributes.OOM_SECONDS not in whole.user_attrs
+
+
+def test_what_does_not_fit_is_known_to_others_while_the_trial_goes_on(study: optuna.Study) -> None:
+    learned = []
+
+    def metric(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        learned.append(study.get_trials()[-1].user_attrs.get(attributes.MICROBATCH_FAILS))
+        return outputs.sum()
+
+    objective = make_objective(make_task(fits=8, metrics={"accuracy": metric}))
+    run_trial(objective, study, batch_size=64, lr=0.5)
+    assert set(learned) == {16}
 
 
 def test_a_diverged_trial_prunes_with_its_reason(study: optuna.Study) -> None:

@@ -1,0 +1,51 @@
+"""What a trial leaves behind about memory, and what all trials together know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bs_optuna.sampling import attributes
+from bs_optuna.science.memory import MicrobatchBounds
+from bs_optuna.training.loop import TrainingRun
+
+
+@dataclass(frozen=True)
+class KnownSizes:
+    """Sizes seen in trials of the same memory key.
+
+    Attributes:
+        microbatch: What fits in training, and what does not.
+        evaluation: Samples in a piece of an evaluation that fits where a larger one did not.
+    """
+
+    microbatch: MicrobatchBounds
+    evaluation: int | None
+
+
+def learned(run: TrainingRun, memory_key: str) -> dict[str, int | str | None]:
+    """The attributes that say what a run has learned."""
+    return {
+        attributes.MEMORY_KEY: memory_key,
+        attributes.MICROBATCH_FITS: run.fits,
+        attributes.MICROBATCH_FAILS: min(run.failed_sizes, default=None),
+        attributes.EVALUATION_FITS: run.evaluation_fits,
+    }
+
+
+def known_sizes(trials: Iterable[Mapping[str, Any]], memory_key: str) -> KnownSizes:
+    """What trials with these attributes know together; those of another key know nothing."""
+    alike = [stored for stored in trials if stored.get(attributes.MEMORY_KEY) == memory_key]
+    bounds = [
+        MicrobatchBounds(
+            stored.get(attributes.MICROBATCH_FITS, 0), stored.get(attributes.MICROBATCH_FAILS)
+        )
+        for stored in alike
+    ]
+    pieces = (stored.get(attributes.EVALUATION_FITS) for stored in alike)
+    return KnownSizes(
+        MicrobatchBounds.merged(bounds),
+        min((size for size in pieces if size is not None), default=None),
+    )
