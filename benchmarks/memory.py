@@ -1,7 +1,7 @@
 """How bs_optuna, accelerate and Lightning find a microbatch that fits, under the same real limits.
 
     python benchmarks/memory.py
-    python benchmarks/memory.py --limits 50 200 --systems bs_optuna accelerate
+    python benchmarks/memory.py --limits 50 200 --systems bs_optuna accelerate --plot memory.png
 
 Every row is a fresh process: one training of a few steps at a wanted batch size, in what memory
 the limit leaves. What cannot be imported is skipped (pip install accelerate lightning).
@@ -17,8 +17,10 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
+import ragged_gradient
 import torch
 from torch import nn
 
@@ -227,6 +229,8 @@ def child(system: str, limit_bytes: int) -> None:
         found = rows[system](limit_bytes)
     found["seconds"] = time.perf_counter() - begin
     found["fed"] = Wide.fed
+    if system != "truth":
+        found["error"] = ragged_gradient.error(system)
     print(json.dumps(found))
 
 
@@ -245,9 +249,8 @@ def measure(system: str, mib: int) -> dict[str, Any]:
     return found
 
 
-def row(system: str, mib: int, truth: int) -> str:
+def row(system: str, mib: int, truth: int, found: dict[str, Any]) -> str:
     """A line of the table."""
-    found = measure(system, mib)
     name = f"| {mib} | {truth} | {system} |"
     if "died" in found:
         return f"{name} {found['died']:.60} |"
@@ -256,7 +259,7 @@ def row(system: str, mib: int, truth: int) -> str:
     works = "yes" if found["works"] else "no"
     return (
         f"{name} {found['size']} | {found['size'] / truth:.0%} | {found['failed']} | {wasted} | "
-        f"{kept} | {works} | {found['seconds']:.1f} |"
+        f"{kept} | {found['error']:.1e} | {works} | {found['seconds']:.1f} |"
     )
 
 
@@ -265,6 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limits", type=int, nargs="+", default=[50, 90, 102, 200], help="MiB")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the table too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -273,16 +277,25 @@ def main() -> None:
         return
     print(f"torch {torch.__version__}, 1 thread, wanted batch size {BATCH}, {STEPS} steps")
     print("| limit, MiB | true maximum | system | found | of maximum | failed attempts | ", end="")
-    print("samples in vain | batch kept | trains | seconds |")
-    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("samples in vain | batch kept | gradient error | trains | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    rows: dict[int, dict[str, dict[str, Any]]] = {}
     for mib in arguments.limits:
         truth = measure("truth", mib)["size"]
+        rows[mib] = {}
         for system in arguments.systems:
             needed = SYSTEMS[system]
             if needed is not None and importlib.util.find_spec(needed) is None:
                 print(f"| {mib} | {truth} | {system} | skipped: {needed} is not installed |")
                 continue
-            print(row(system, mib, truth), flush=True)
+            found = measure(system, mib)
+            print(row(system, mib, truth, found), flush=True)
+            if "died" not in found:
+                rows[mib][system] = {**found, "truth": truth}
+    if arguments.plot:
+        from memory_figure import draw
+
+        draw(rows, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
+from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
@@ -33,6 +34,7 @@ _logger = logging.getLogger(__name__)
 
 # Three trials along the ridge come before the model has a say.
 _START_TRIALS = 3
+_ANY_LEARNING_RATE = FloatDistribution(1e-12, 1e6, log=True)
 
 
 class CoupledSampler(BaseSampler):
@@ -121,13 +123,17 @@ class CoupledSampler(BaseSampler):
     ) -> Any:
         """Suggest one parameter that the shared model cannot: at the start, or conditional."""
         rng = self._rng(trial, param_name)
-        if any(t.state.is_finished() for t in study.get_trials(deepcopy=False)):
+        trials = study.get_trials(deepcopy=False)
+        if any(t.state.is_finished() for t in trials):
             self._warn_once(param_name)
             alone = self._space({param_name: param_distribution})
             return alone.params(alone.uniform(rng, 1)[0])[param_name]
         space = self._space({**self._company(trial, param_name), param_name: param_distribution})
         fixed = space.fixed(_known(trial))
-        point = start_point(space, self._prior, trial.number, rng, fixed, space.coordinates([]))
+        names = {axis.name for axis in space.axes}
+        others = [t.params for t in trials if t.number != trial.number and names <= set(t.params)]
+        taken = space.coordinates(others)
+        point = start_point(space, self._prior, trial.number, rng, fixed, taken)
         return space.params(point)[param_name]
 
     def _trials(self, study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
@@ -140,7 +146,8 @@ class CoupledSampler(BaseSampler):
     def _company(self, trial: FrozenTrial, name: str) -> dict[str, BaseDistribution]:
         """What a parameter suggested alone has to fit: batch size for lr, and the reverse.
 
-        If the learning rate comes first, its batch size is the reference's, unless it was enqueued.
+        If the learning rate comes first, its batch size is the reference's, unless it was enqueued;
+        a batch size that comes first walks along the ridge wherever that may lie.
         """
         ridge = (self._batch_size, self._learning_rate)
         company = {n: d for n, d in trial.distributions.items() if n in ridge and n != name}
@@ -148,6 +155,8 @@ class CoupledSampler(BaseSampler):
             sizes = [self._prior.reference_batch_size, _known(trial).get(self._batch_size)]
             numbers = [round(b) for b in sizes if isinstance(b, int | float) and b >= 1] or [1]
             company[self._batch_size] = IntDistribution(min(numbers), max(numbers), log=True)
+        if name == self._batch_size and self._learning_rate not in company:
+            company[self._learning_rate] = _ANY_LEARNING_RATE
         return company
 
     def _warn_once(self, name: str) -> None:

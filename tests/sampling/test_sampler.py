@@ -162,6 +162,31 @@ def test_small_finite_spaces_are_not_repeated_before_they_are_used_up() -> None:
     study.optimize(finite, n_trials=1)
 
 
+def test_workers_that_begin_at_once_walk_as_one_after_the_other_would() -> None:
+    study = optuna.create_study(sampler=CoupledSampler(prior="adamw", seed=0))
+    asked = [study.ask() for _ in range(3)]
+    for trial in asked:
+        trial.suggest_int("batch_size", 16, 4096, log=True)
+    for trial in asked:
+        trial.suggest_float("lr", 1e-5, 1e-1, log=True)
+    alone = run(n_trials=3)
+    assert [t.params["batch_size"] for t in asked] == [p["batch_size"] for p in params(alone)]
+    for trial, before in zip(asked, params(alone), strict=True):
+        assert trial.params["lr"] == pytest.approx(before["lr"])
+
+
+def test_workers_that_begin_at_once_share_out_a_small_space() -> None:
+    study = optuna.create_study(sampler=CoupledSampler(prior="adamw", seed=0))
+    chosen = set()
+    for _ in range(6):  # all run at the same time, none has a result
+        trial = study.ask()
+        batch_size = trial.suggest_categorical("batch_size", [64])
+        chosen.add(
+            (batch_size, trial.suggest_categorical("lr", [1e-4, 2e-4, 4e-4, 8e-4, 1e-3, 2e-3]))
+        )
+    assert len(chosen) == 6
+
+
 def test_threads_share_the_sampler() -> None:
     study = run(n_trials=24, n_jobs=4)
     assert all(t.state == TrialState.COMPLETE for t in study.trials)
