@@ -5,6 +5,7 @@ BsOptunaError
 │   ├── ConfigError           a setting: unknown key, wrong type, inverted range
 │   ├── TaskError             the task: not found, not a task, data smaller than the batch
 │   ├── StudyError            the study: no database, read-only, another search space
+│   ├── WorkerError           worker processes end by an error, or die before any trial
 │   └── UntraceableError      the task's step cannot be predicted, only run
 ├── MicrobatchDoesNotFitError not even one sample fits into memory
 └── StepDoesNotFitError       the optimizer's step does not fit into memory
@@ -33,6 +34,10 @@ class TaskError(UserError):
 
 class StudyError(UserError):
     """A study cannot be opened, or holds something else than what was asked for."""
+
+
+class WorkerError(UserError):
+    """A worker process ended by an error, or died again and again before any trial."""
 
 
 class UntraceableError(UserError):

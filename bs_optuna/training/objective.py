@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from pathlib import Path
 
 import optuna
 import torch
@@ -16,6 +16,7 @@ from bs_optuna.errors import TaskError
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import mark_memory
 from bs_optuna.science.memory import MicrobatchBounds
+from bs_optuna.training.attempt import Attempt
 from bs_optuna.training.budget import Budget
 from bs_optuna.training.loop import DivergedError
 from bs_optuna.training.loop import RunSettings
@@ -25,6 +26,7 @@ from bs_optuna.training.memory_limit import memory_limit as limit_memory
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
+from bs_optuna.training.random_states import private_random_state
 from bs_optuna.training.starting_sizes import StartingSizes
 from bs_optuna.training.task import TrainingTask
 
@@ -54,6 +56,8 @@ class TrainingObjective:
         memory_limit: Bytes that training may hold, None for what the device has.
         device: Where to train; None is the accelerator if there is one.
         seed: Of weights and data order; trial number n gets seed + n.
+        checkpoints: Folder for the state of running trials, from which another process goes on if
+            this one dies; None writes none.
 
     Raises:
         TaskError: The training data holds fewer samples than the largest batch size.
@@ -71,6 +75,7 @@ class TrainingObjective:
         memory_limit: int | None = None,
         device: torch.device | None = None,
         seed: int = 0,
+        checkpoints: Path | None = None,
     ) -> None:
         _check_range("batch_size", *batch_size)
         _check_range("learning_rate", *learning_rate)
@@ -82,9 +87,10 @@ class TrainingObjective:
         self._learning_rate = learning_rate
         self._microbatch_size = microbatch_size
         self.seed = seed
+        self._checkpoints = checkpoints
         self._limit = limit_memory(self.device, memory_limit)
         self._limit.warm_up(self._rehearse)
-        with _private_random_state(self.device):
+        with private_random_state(self.device):
             self._memory_key = memory_key(
                 task, device=self.device, limit_bytes=self._limit.limit_bytes
             )
@@ -119,11 +125,15 @@ class TrainingObjective:
         batch_size, learning_rate = self.suggest(trial)
         _check_enough(self.task, batch_size)  # an enqueued one may lie outside the range
         known = self._known_bounds(trial.study)
-        run = self._run(batch_size, learning_rate, self.seed + trial.number, known)
+        attempt = Attempt.read(trial.number, trial.user_attrs, folder=self._checkpoints)
+        run = self._run(batch_size, learning_rate, self.seed + attempt.first, known, attempt)
+        _set(trial, attempt.started(microbatch_size=run.microbatch_size))
         reason, value = None, None
-        with _private_random_state(self.device):
+        with private_random_state(self.device):
             try:
-                if known.hopeless:
+                if attempt.hopeless is not None:
+                    reason = attempt.hopeless
+                elif known.hopeless:
                     reason = "memory: a single sample is known not to fit"
                 else:
                     value, reason = self._train(trial, run)
@@ -138,7 +148,8 @@ class TrainingObjective:
                 reason = f"memory: {verdict.message}"
                 release(error)
             finally:
-                self._store(trial, run, learning_rate, reason)
+                self._store(trial, run, learning_rate, reason, attempt)
+                attempt.remove_checkpoint()
         if reason is not None:
             if reason.startswith("memory"):
                 empty_caches()
@@ -166,16 +177,23 @@ class TrainingObjective:
             MicrobatchDoesNotFitError: A single sample does not fit.
         """
         run = self._run(batch_size, learning_rate, seed, self._known_bounds(study))
-        with _private_random_state(self.device):
+        with private_random_state(self.device):
             *_, last = run.checkpoints()
             test = {} if self.task.test_data is None else run.evaluate(self.task.test_data)
         return {"valid": last.values, "test": test}
 
     def _run(
-        self, batch_size: int, learning_rate: float, seed: int, known: MicrobatchBounds
+        self,
+        batch_size: int,
+        learning_rate: float,
+        seed: int,
+        known: MicrobatchBounds,
+        attempt: Attempt | None = None,
     ) -> TrainingRun:
         most = min(batch_size, self._microbatch_size or batch_size)
-        with _private_random_state(self.device):
+        if attempt is not None:
+            most = attempt.most(most)
+        with private_random_state(self.device):
             predicted = self._starting_sizes.predicted
         settings = RunSettings(
             batch_size=batch_size,
@@ -186,12 +204,15 @@ class TrainingObjective:
             evaluation_batch_size=predicted.evaluation,
             evaluations=EVALUATIONS,
         )
-        return TrainingRun(self.task, settings, device=self.device, limit=self._limit)
+        file = None if attempt is None else attempt.file
+        return TrainingRun(self.task, settings, device=self.device, limit=self._limit, file=file)
 
     def _train(self, trial: optuna.Trial, run: TrainingRun) -> tuple[float, str | None]:
         value = float("nan")
         for checkpoint in run.checkpoints():
             value = checkpoint.values[self.task.objective]
+            if self._checkpoints is not None:  # backed off or not, it is what a death would be of
+                trial.set_user_attr(attributes.MICROBATCH_SIZE, run.microbatch_size)
             if checkpoint.resource is not None:
                 trial.report(value, checkpoint.resource)
                 if not checkpoint.last and trial.should_prune():
@@ -199,8 +220,14 @@ class TrainingObjective:
         return value, None
 
     def _store(
-        self, trial: optuna.Trial, run: TrainingRun, learning_rate: float, reason: str | None
+        self,
+        trial: optuna.Trial,
+        run: TrainingRun,
+        learning_rate: float,
+        reason: str | None,
+        attempt: Attempt,
     ) -> None:
+        failed = [*run.failed_sizes, *attempt.failed_sizes(fits=run.fits)]
         stored: dict[str, float | str | None] = {
             attributes.LEARNING_RATE: learning_rate,
             attributes.EFFECTIVE_BATCH_SIZE: run.batch_size,
@@ -215,13 +242,11 @@ class TrainingObjective:
             attributes.DEVICE: str(self.device),
             attributes.MEMORY_KEY: self._memory_key,
             attributes.MICROBATCH_FITS: run.fits,
-            attributes.MICROBATCH_FAILS: min(run.failed_sizes, default=None),
+            attributes.MICROBATCH_FAILS: min(failed, default=None),
             attributes.PRUNE_REASON: reason,
         }
         stored |= {f"{attributes.VALID_PREFIX}{k}": mean for k, mean in run.values.items()}
-        for key, value in stored.items():
-            if value is not None:
-                trial.set_user_attr(key, value)
+        _set(trial, stored)
         mark_memory(trial, fits=not (reason or "").startswith("memory"))
 
     def _known_bounds(self, study: optuna.Study) -> MicrobatchBounds:
@@ -246,22 +271,20 @@ class TrainingObjective:
         run = TrainingRun(
             self.task, settings, device=self.device, limit=limit_memory(self.device, None)
         )
-        with _private_random_state(self.device):
+        with private_random_state(self.device):
             for _ in run.checkpoints():
                 pass
+
+
+def _set(trial: optuna.Trial, stored: Mapping[str, float | str | None]) -> None:
+    for key, value in stored.items():
+        if value is not None:
+            trial.set_user_attr(key, value)
 
 
 def default_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-@contextmanager
-def _private_random_state(device: torch.device) -> Iterator[None]:
-    """Lets a run seed PyTorch without the rest of the program noticing."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices=devices, device_type=device.type):
-        yield
 
 
 def _check_range(name: str, low: float, high: float) -> None:
