@@ -99,7 +99,8 @@ def _setting(params: dict[str, object]) -> str:
 
 
 def _outcome(trial: FrozenTrial) -> str:
-    seconds = trial.user_attrs.get(attributes.SECONDS, 0.0)
+    lasted = 0.0 if trial.duration is None else trial.duration.total_seconds()
+    seconds = trial.user_attrs.get(attributes.SECONDS, lasted)
     if trial.state == TrialState.COMPLETE:
         return f"{trial.value:.4g} in {seconds:.1f} s"
     reason = trial.user_attrs.get(attributes.PRUNE_REASON, "")

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class CheckpointFile:
             torch.save(state, self._part)
             os.replace(self._part, self._path)
         except (OSError, RuntimeError, TypeError, AttributeError, pickle.PicklingError) as error:
-            self._part.unlink(missing_ok=True)
+            _remove(self._part)
             _warn("written", self._path, error)
 
     def read(self) -> dict[str, Any] | None:
@@ -59,8 +60,8 @@ class CheckpointFile:
 
     def remove(self) -> None:
         """Removes the file, and what a process that was killed left of one."""
-        self._part.unlink(missing_ok=True)
-        self._path.unlink(missing_ok=True)
+        _remove(self._part)
+        _remove(self._path)
 
 
 def training_state(
@@ -91,6 +92,11 @@ def load_training_state(
         _logger.warning("a checkpoint is of another model (%s); the trial begins anew", reason)
         return False
     return True
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # it is not there, or no one could have written it
+        path.unlink()
 
 
 def _warn(what: str, path: Path, error: Exception) -> None:
