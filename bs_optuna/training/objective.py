@@ -131,11 +131,9 @@ class TrainingObjective:
         reason, value = None, None
         with private_random_state(self.device):
             try:
-                if attempt.hopeless is not None:
-                    reason = attempt.hopeless
-                elif known.hopeless:
+                if known.hopeless:
                     reason = "memory: a single sample is known not to fit"
-                else:
+                elif (reason := attempt.hopeless) is None:
                     value, reason = self._train(trial, run)
             except DivergedError as error:
                 reason = f"diverged: {error}"
