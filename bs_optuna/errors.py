@@ -16,6 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+EXIT_INTERRUPTED = 130  # of the command and its workers; as a shell has it for Ctrl-C
+
+
 class BsOptunaError(Exception):
     """The root of every error that bs_optuna raises on purpose."""
 

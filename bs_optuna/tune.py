@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from bs_optuna.config import StudyConfig
 from bs_optuna.config import make_config
+from bs_optuna.errors import EXIT_INTERRUPTED
 from bs_optuna.errors import ConfigError
 from bs_optuna.errors import UserError
 from bs_optuna.training.limit_environment import LIMIT_ENVIRONMENT
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 PROGRAM = "python -m bs_optuna.tune"
 EXIT_NOTHING_FOUND = 1
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # as a shell has it for Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,10 +12,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from bs_optuna.config import StudyConfig
+from bs_optuna.errors import EXIT_INTERRUPTED
 from bs_optuna.errors import UserError
-
-
-EXIT_INTERRUPTED = 130
 
 
 def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
@@ -37,7 +35,7 @@ def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
     try:
         _run_trials(config, checkpoints, pipe)
     except UserError as error:
-        pipe.send(("failed", str(error)))
+        _tell(pipe, "failed", str(error))
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
 
@@ -70,9 +68,24 @@ def _run_trials(config: StudyConfig, checkpoints: Path, pipe: Connection) -> Non
     # Together they use the cores once; more threads than cores only wait for each other.
     torch.set_num_threads(max(1, torch.get_num_threads() // config.worker_processes))
     tuning = prepare(config, load_task(config.task), checkpoints=checkpoints)
-    while pipe.recv():
+    while _is_asked(pipe):
         tuning.run_one(
-            created=lambda trial: pipe.send(("created", trial.number)),
-            started=lambda trial: pipe.send(("started", trial.number)),
-            ended=lambda study, trial: pipe.send(("ended", trial.number)),
+            created=lambda trial: _tell(pipe, "created", trial.number),
+            started=lambda trial: _tell(pipe, "started", trial.number),
+            ended=lambda study, trial: _tell(pipe, "ended", trial.number),
         )
+
+
+def _is_asked(pipe: Connection) -> bool:
+    """Whether to run one more trial; a parent that is gone wants none."""
+    try:
+        return bool(pipe.recv())
+    except (EOFError, OSError):
+        return False
+
+
+def _tell(pipe: Connection, event: str, what: int | str) -> None:
+    try:
+        pipe.send((event, what))
+    except OSError:  # the parent is gone; the trial is to be queued again, as after Ctrl-C
+        raise KeyboardInterrupt from None

@@ -21,6 +21,7 @@ from optuna.trial import BaseTrial
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from bs_optuna.errors import EXIT_INTERRUPTED
 from bs_optuna.errors import WorkerError
 from bs_optuna.sampling import attributes
 from bs_optuna.study.storage import storage_file
@@ -34,7 +35,6 @@ from bs_optuna.training.checkpoint import CheckpointFile
 
 # So many workers in a row that die before their trial: no other one will get there.
 DEATHS_BEFORE_A_TRIAL = 3
-EXIT_INTERRUPTED = 130
 
 Started = Callable[[BaseTrial], None]
 
@@ -202,11 +202,11 @@ class _Crew:
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             process.start()
+            worker = _Worker(process, here)
+            self._workers.append(worker)
         finally:
             signal.signal(signal.SIGINT, handler)
         there.close()
-        worker = _Worker(process, here)
-        self._workers.append(worker)
         return worker
 
     def _listen(self, worker: _Worker) -> bool:
