@@ -170,6 +170,20 @@ class StudyConfig(BaseModel):
         3, ge=0, description="trainings of the recommended setting with seeds of their own"
     )
 
+    isolate: bool = Field(
+        False,
+        description="run trials in a worker process, whose sudden death costs one attempt of a "
+        "trial and not the study",
+    )
+    workers: Annotated[int | None, BeforeValidator(_number)] = Field(
+        None, ge=1, description="run trials in so many worker processes at a time (default: none)"
+    )
+
+    @property
+    def worker_processes(self) -> int:
+        """Worker processes that trials run in; 0 if they run in this one."""
+        return self.workers or int(self.isolate)
+
     def as_toml(self) -> str:
         """The settings that differ from nothing, as a file that can be given back."""
         lines = []

@@ -5,6 +5,7 @@ BsOptunaError
 │   ├── ConfigError           a setting: unknown key, wrong type, inverted range
 │   ├── TaskError             the task: not found, not a task, data smaller than the batch
 │   ├── StudyError            the study: no database, read-only, another search space
+│   ├── WorkerError           worker processes end by an error, or die before any trial
 │   └── UntraceableError      the task's step cannot be predicted, only run
 ├── ThrashingError            memory runs out again and again
 ├── MicrobatchDoesNotFitError not even one sample fits into memory
@@ -14,6 +15,9 @@ BsOptunaError
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+
+EXIT_INTERRUPTED = 130  # of the command and its workers; as a shell has it for Ctrl-C
 
 
 class BsOptunaError(Exception):
@@ -34,6 +38,10 @@ class TaskError(UserError):
 
 class StudyError(UserError):
     """A study cannot be opened, or holds something else than what was asked for."""
+
+
+class WorkerError(UserError):
+    """A worker process ended by an error, or died again and again before any trial."""
 
 
 class UntraceableError(UserError):

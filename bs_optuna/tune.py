@@ -8,12 +8,14 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import NoReturn
 
 from bs_optuna.config import StudyConfig
 from bs_optuna.config import make_config
+from bs_optuna.errors import EXIT_INTERRUPTED
 from bs_optuna.errors import ConfigError
 from bs_optuna.errors import UserError
 from bs_optuna.training.limit_environment import LIMIT_ENVIRONMENT
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 PROGRAM = "python -m bs_optuna.tune"
 EXIT_NOTHING_FOUND = 1
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # as a shell has it for Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
             shown = ":".join(map(str, default)) if isinstance(default, tuple) else default
             text += f" (default: {shown})"
         flag = "--" + name.replace("_", "-")
+        if setting.annotation is bool:
+            settings.add_argument(flag, dest=name, action="store_true", help=setting.description)
+            continue
         settings.add_argument(flag, dest=name, metavar=name.split("_")[-1].upper(), help=text)
     parser.add_argument(
         "--show-config", action="store_true", default=False, help="print the settings and stop"
@@ -138,8 +142,6 @@ def _prepare_process(config: StudyConfig, arguments: list[str]) -> None:
 
 def _run(config: StudyConfig, arguments: list[str], verbosity: Verbosity) -> int:
     # From here on with PyTorch and Optuna, whose import takes longer than all of the above.
-    import optuna
-    import torch
     from rich.console import Console
 
     from bs_optuna.report.summary import LINE_WIDTH
@@ -147,11 +149,9 @@ def _run(config: StudyConfig, arguments: list[str], verbosity: Verbosity) -> int
     from bs_optuna.study.conclusion import conclude
     from bs_optuna.study.tuning import prepare
     from bs_optuna.tasks.loading import load_task
+    from bs_optuna.worker import set_up_libraries
 
-    # Its warnings are of trials that failed, with a traceback: the error itself comes anyway.
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # Numbers too small to matter slow a CPU down tenfold when a network has learned its data.
-    torch.set_flush_denormal(True)
+    set_up_libraries()
     # Names and reasons may hold brackets, and some terminals no more than ASCII.
     console = Console(markup=False, highlight=False)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -176,6 +176,9 @@ def _run(config: StudyConfig, arguments: list[str], verbosity: Verbosity) -> int
 
 def _search(tuning: Tuning, config: StudyConfig, console: Console, verbosity: Verbosity) -> None:
     from bs_optuna.report.progress import TrialProgress
+    from bs_optuna.study.workers import checkpoint_folder
+    from bs_optuna.study.workers import run_in_workers
+    from bs_optuna.worker import work
 
     if verbosity != "quiet":
         done = f", {tuning.finished} of {tuning.trials} trials are done" if tuning.finished else ""
@@ -187,7 +190,18 @@ def _search(tuning: Tuning, config: StudyConfig, console: Console, verbosity: Ve
     with TrialProgress(
         console, total=tuning.trials, finished=tuning.finished, verbosity=verbosity
     ) as progress:
-        tuning.run(timeout=config.timeout, started=progress.started, ended=progress.ended)
+        if config.worker_processes == 0:
+            tuning.run(timeout=config.timeout, started=progress.started, ended=progress.ended)
+            return
+        with checkpoint_folder(tuning) as folder:
+            run_in_workers(
+                tuning,
+                partial(work, config, folder),
+                count=config.worker_processes,
+                timeout=config.timeout,
+                started=progress.started,
+                ended=progress.ended,
+            )
 
 
 if __name__ == "__main__":

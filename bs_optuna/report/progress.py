@@ -9,6 +9,7 @@ from typing import Literal
 
 import optuna
 from optuna.study import StudyDirection
+from optuna.trial import BaseTrial
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 from rich.console import Console
@@ -66,7 +67,7 @@ class TrialProgress:
     ) -> None:
         self._bar.stop()
 
-    def started(self, trial: optuna.Trial) -> None:
+    def started(self, trial: BaseTrial) -> None:
         """A trial has its settings."""
         self._bar.update(self._task, description=f"trial {trial.number}: {_setting(trial.params)}")
 
@@ -98,7 +99,8 @@ def _setting(params: dict[str, object]) -> str:
 
 
 def _outcome(trial: FrozenTrial) -> str:
-    seconds = trial.user_attrs.get(attributes.SECONDS, 0.0)
+    lasted = 0.0 if trial.duration is None else trial.duration.total_seconds()
+    seconds = trial.user_attrs.get(attributes.SECONDS, lasted)
     if trial.state == TrialState.COMPLETE:
         return f"{trial.value:.4g} in {seconds:.1f} s"
     reason = trial.user_attrs.get(attributes.PRUNE_REASON, "")

@@ -21,7 +21,7 @@ SECONDS = "seconds"  # float, of training and evaluation
 SAMPLES = "samples"  # int, training samples seen
 STEPS = "steps"  # int, optimizer steps
 DEVICE = "device"  # str, as torch writes it
-PRUNE_REASON = "prune_reason"  # str, why the trial was pruned
+PRUNE_REASON = "prune_reason"  # str, why the trial was pruned or failed
 VALID_PREFIX = "valid_"  # float each, mean loss and metrics on the validation data
 NOISE_SCALE = "gradient_noise_scale"  # float, measured B_simple in samples
 
@@ -30,6 +30,13 @@ MEMORY_KEY = "memory_key"  # str, what the two below depend on
 MICROBATCH_FITS = "microbatch_fits"  # int, largest microbatch that ran a full step
 MICROBATCH_FAILS = "microbatch_fails"  # int, smallest microbatch that ran out of memory
 EVALUATION_FITS = "evaluation_fits"  # int, piece of an evaluation that fitted after larger failed
+
+# Of a trial in a worker process: what is needed to try it again should that die.
+FIRST_ATTEMPT = "first_attempt"  # int, number of the trial that was the first attempt
+ATTEMPT = "attempt"  # int, 1 more for each death of a worker
+KILLED_BY = "killed_by"  # str, name of the signal that ended the attempt before
+KILLED_MICROBATCH = "killed_microbatch"  # int, its microbatch size
+CHECKPOINT = "checkpoint"  # str, name of the file that all attempts share
 
 # Of a study.
 CONFIG = "config"  # dict, the StudyConfig that made it

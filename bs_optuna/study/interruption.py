@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from optuna import Trial
 
+from bs_optuna.training.attempt import inherited
+
 
 def requeue_interrupted(objective: Callable[[Trial], float]) -> Callable[[Trial], float]:
     """Wrap an objective so that Ctrl-C puts the running trial's parameters back into the queue.
@@ -20,7 +22,7 @@ def requeue_interrupted(objective: Callable[[Trial], float]) -> Callable[[Trial]
             return objective(trial)
         except KeyboardInterrupt:
             if trial.params:
-                trial.study.enqueue_trial(trial.params)
+                trial.study.enqueue_trial(trial.params, user_attrs=inherited(trial.user_attrs))
             raise
 
     return wrapped

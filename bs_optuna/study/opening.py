@@ -13,6 +13,7 @@ from optuna.storages import BaseStorage
 
 from bs_optuna.study.agreement import check_direction
 from bs_optuna.study.agreement import check_search_space
+from bs_optuna.study.storage import HEARTBEAT_INTERVAL_S
 from bs_optuna.study.storage import open_storage
 
 
@@ -24,7 +25,7 @@ def open_study(
     pruner: BasePruner | None = None,
     direction: Literal["minimize", "maximize"] = "minimize",
     search_space: Mapping[str, BaseDistribution] | None = None,
-    heartbeat_interval: int = 60,
+    heartbeat_interval: int = HEARTBEAT_INTERVAL_S,
 ) -> optuna.Study:
     """Open a study, or make it where there is none of that name; any number of workers may.
 

@@ -24,6 +24,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from bs_optuna.errors import ConfigError
 from bs_optuna.errors import StudyError
 from bs_optuna.study.files import check_writable
 from bs_optuna.study.sqlite import BUSY_TIMEOUT_S
@@ -32,12 +33,13 @@ from bs_optuna.study.sqlite import serialize_transactions
 
 
 JOURNAL_SUFFIXES = (".journal", ".log")
+HEARTBEAT_INTERVAL_S = 60
 MAX_RETRY = 2  # how often a trial whose worker died is run again
 _ATTEMPTS = 8  # of workers that make the same tables at the same time; two are enough as a rule
 _EXAMPLES = "sqlite:///studies/mine.db, postgresql://user@host/database or studies/mine.journal"
 
 
-def open_storage(url: str, *, heartbeat_interval: int) -> BaseStorage:
+def open_storage(url: str, *, heartbeat_interval: int = HEARTBEAT_INTERVAL_S) -> BaseStorage:
     """Open what a storage URL names; make it where it is new.
 
     Args:
@@ -166,6 +168,25 @@ def _make_tables(
                     "mend it, or name another with --storage"
                 ) from error
         time.sleep(random.uniform(0.0, 0.2 * attempt))
+
+
+def storage_file(url: str) -> Path | None:
+    """The file that holds a storage; None for one on a server.
+
+    Raises:
+        ConfigError: It is in the memory of this process, where no other one can reach it.
+    """
+    if "://" not in url:
+        return Path(url)
+    parsed = sqlalchemy.make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return None
+    if parsed.database in (None, "", ":memory:"):
+        raise ConfigError(
+            f"storage={url}; is in memory, where worker processes cannot share it. "
+            "Name a file, as in sqlite:///studies/mine.db."
+        )
+    return Path(parsed.database)
 
 
 def without_password(storage: str) -> str:

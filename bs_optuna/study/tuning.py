@@ -12,6 +12,7 @@ from pathlib import Path
 import optuna
 import torch
 from optuna.pruners import PercentilePruner
+from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from bs_optuna.config import StudyConfig
@@ -22,6 +23,7 @@ from bs_optuna.sampling.feasibility import is_out_of_memory
 from bs_optuna.sampling.sampler import CoupledSampler
 from bs_optuna.study.interruption import requeue_interrupted
 from bs_optuna.study.opening import open_study
+from bs_optuna.study.storage import open_storage
 from bs_optuna.study.storage import without_password
 from bs_optuna.training.budget import Budget
 from bs_optuna.training.objective import EVALUATIONS
@@ -29,6 +31,8 @@ from bs_optuna.training.objective import TrainingObjective
 from bs_optuna.training.rungs import rungs
 from bs_optuna.training.task import TrainingTask
 
+
+Ended = Callable[[optuna.Study, optuna.trial.FrozenTrial], None]
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 DEFAULT_PASSES = 8
@@ -50,13 +54,15 @@ class Tuning:
         task: What is trained.
         objective: Trains it with a trial's settings.
         study: Holds the trials.
-        storage: The storage as the user would name it again, without its password.
+        database: What the study is kept in.
+        storage: Its name as the user would give it again, without the password.
         trials: Finished trials that the study shall have after ``run``.
     """
 
     task: TrainingTask
     objective: TrainingObjective
     study: optuna.Study
+    database: BaseStorage
     storage: str
     trials: int
 
@@ -70,7 +76,7 @@ class Tuning:
         *,
         timeout: float | None,
         started: Callable[[optuna.Trial], None],
-        ended: Callable[[optuna.Study, optuna.trial.FrozenTrial], None],
+        ended: Ended,
     ) -> None:
         """Runs trials until the study has as many as it shall have.
 
@@ -88,25 +94,65 @@ class Tuning:
             started(trial)
             return self.objective(trial)
 
+        callbacks: list[Ended] = [
+            ended,
+            optuna.study.MaxTrialsCallback(self.trials, states=FINISHED),
+            _stop_if_nothing_fits,
+        ]
+        left = max(0, self.trials - self.finished)
+        self._optimize(observed, n_trials=left, timeout=timeout, callbacks=callbacks)
+
+    def run_one(
+        self,
+        *,
+        created: Callable[[optuna.Trial], None],
+        started: Callable[[optuna.Trial], None],
+        ended: Ended,
+    ) -> None:
+        """Runs one trial, the first in the queue if there is one; for the rest see `run`.
+
+        Args:
+            created: Called when there is a trial, without any setting.
+            started: Called when it has its batch size and learning rate.
+            ended: Called after it.
+        """
+
+        def observed(trial: optuna.Trial) -> float:
+            created(trial)
+            self.objective.suggest(trial)
+            started(trial)
+            return self.objective(trial)
+
+        self._optimize(observed, n_trials=1, timeout=None, callbacks=[ended])
+
+    def _optimize(
+        self,
+        objective: Callable[[optuna.Trial], float],
+        *,
+        n_trials: int,
+        timeout: float | None,
+        callbacks: list[Ended],
+    ) -> None:
         # What was imported stays; to look through all of it for garbage takes 0.2 s a time.
         gc.freeze()
         try:
             self.study.optimize(
-                requeue_interrupted(observed),
-                n_trials=max(0, self.trials - self.finished),
+                requeue_interrupted(objective),
+                n_trials=n_trials,
                 timeout=timeout,
-                callbacks=[
-                    ended,
-                    optuna.study.MaxTrialsCallback(self.trials, states=FINISHED),
-                    _stop_if_nothing_fits,
-                ],
+                callbacks=callbacks,
             )
         finally:
             gc.unfreeze()
 
 
-def prepare(config: StudyConfig, task: TrainingTask) -> Tuning:
+def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None = None) -> Tuning:
     """Checks everything that can be wrong and opens the study; trains nothing.
+
+    Args:
+        config: The settings.
+        task: What is trained.
+        checkpoints: Folder for the state of running trials; None writes none.
 
     Raises:
         ConfigError: A device that is not there, or a limit that cannot be enforced.
@@ -128,12 +174,14 @@ def prepare(config: StudyConfig, task: TrainingTask) -> Tuning:
         oom_budget=config.oom_budget,
         device=device_named(config.device),
         seed=config.seed,
+        checkpoints=checkpoints,
     )
     name = config.study or task.name
     storage = config.storage or f"sqlite:///studies/{name}.db"
     low = rungs(budget, batch_size=config.batch_size[0], count=EVALUATIONS)
+    database = open_storage(storage)
     study = open_study(
-        storage=storage,
+        storage=database,
         name=name,
         direction=task.direction,
         search_space=objective.search_space,
@@ -151,7 +199,7 @@ def prepare(config: StudyConfig, task: TrainingTask) -> Tuning:
     study.set_user_attr(
         attributes.CONFIG, {**config.model_dump(mode="json"), "storage": shown, "study": name}
     )
-    return Tuning(task, objective, study, shown, _target(study, config.trials))
+    return Tuning(task, objective, study, database, shown, _target(study, config.trials))
 
 
 def _target(study: optuna.Study, trials: int) -> int:
@@ -210,8 +258,11 @@ def _name_value(study: optuna.Study, name: str) -> None:
 
 
 def _stop_if_nothing_fits(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-    if not is_out_of_memory(trial):
-        return
-    last = study.get_trials(deepcopy=False, states=FINISHED)[-HOPELESS_TRIALS:]
-    if len(last) == HOPELESS_TRIALS and all(map(is_out_of_memory, last)):
+    if is_out_of_memory(trial) and nothing_fits(study):
         study.stop()
+
+
+def nothing_fits(study: optuna.Study) -> bool:
+    """Whether so many trials in a row did not fit that no other one will."""
+    last = study.get_trials(deepcopy=False, states=FINISHED)[-HOPELESS_TRIALS:]
+    return len(last) == HOPELESS_TRIALS and all(map(is_out_of_memory, last))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,19 +51,20 @@ def length(data: Data) -> int:
     return batch_length(data) if isinstance(data, tuple) else len(data)  # type: ignore[arg-type]
 
 
-def training_batches(data: Data, *, batch_size: int, seed: int) -> Iterator[tuple[Any, Any]]:
+def training_batches(
+    data: Data, *, batch_size: int, seed: int, skip: int = 0
+) -> Iterator[tuple[Any, Any]]:
     """Full batches without end: each pass over the data in a new order, nothing left out.
 
     What is left of one pass begins the first batch of the next, so a batch always holds
-    ``batch_size`` samples.
+    ``batch_size`` samples. The first ``skip`` batches are left out and never read.
     """
-    indices = _index_batches(length(data), batch_size, seed)
+    indices = itertools.islice(_index_batches(length(data), batch_size, seed), skip, None)
     if isinstance(data, tuple):
-        for batch in indices:
-            yield take(data, batch)
-    else:
-        sampler = (batch.tolist() for batch in indices)
-        yield from DataLoader(data, batch_sampler=sampler, collate_fn=_collate)
+        return (take(data, batch) for batch in indices)
+    sampler = (batch.tolist() for batch in indices)
+    # Begun now and not at the first batch: a loader that begins draws a random number.
+    return iter(DataLoader(data, batch_sampler=sampler, collate_fn=_collate))
 
 
 def evaluation_batches(data: Data, *, batch_size: int) -> Iterator[tuple[Any, Any]]:

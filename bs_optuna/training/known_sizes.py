@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +26,20 @@ class KnownSizes:
     evaluation: int | None
 
 
-def learned(run: TrainingRun, memory_key: str) -> dict[str, int | str | None]:
-    """The attributes that say what a run has learned."""
+def learned(
+    run: TrainingRun, memory_key: str, *, killed: Sequence[int] = ()
+) -> dict[str, int | str | None]:
+    """The attributes that say what a run has learned.
+
+    Args:
+        run: While it trains or after it.
+        memory_key: Of its task and device.
+        killed: Microbatch sizes at which an earlier attempt at the trial was killed.
+    """
     return {
         attributes.MEMORY_KEY: memory_key,
         attributes.MICROBATCH_FITS: run.fits,
-        attributes.MICROBATCH_FAILS: min(run.failed_sizes, default=None),
+        attributes.MICROBATCH_FAILS: min([*run.failed_sizes, *killed], default=None),
         attributes.EVALUATION_FITS: run.evaluation_fits,
     }
 

@@ -22,12 +22,16 @@ from bs_optuna.science.companions import warmup_steps
 from bs_optuna.science.memory import most_attempts
 from bs_optuna.training.backward import AccumulatedBackward
 from bs_optuna.training.budget import Budget
+from bs_optuna.training.checkpoint import CheckpointFile
+from bs_optuna.training.checkpoint import load_training_state
+from bs_optuna.training.checkpoint import training_state
 from bs_optuna.training.data import Data
 from bs_optuna.training.data import training_batches
 from bs_optuna.training.evaluation import Evaluation
 from bs_optuna.training.lost import Lost
 from bs_optuna.training.memory_limit import MemoryLimit
 from bs_optuna.training.peak_memory import PeakMemory
+from bs_optuna.training.random_states import restore_random_states
 from bs_optuna.training.recipes import LONGEST_WARMUP
 from bs_optuna.training.recipes import learning_rate_factor
 from bs_optuna.training.recipes import optimizer_factory
@@ -40,6 +44,10 @@ from bs_optuna.training.task import TrainingTask
 STEPS_BETWEEN_CHECKS = 16
 SMALLEST_EVALUATION_BATCH = 256
 OOM_BUDGET = 0.5
+# Attributes of a run that say how far it is; the rest follows from the settings.
+_PROGRESS = (
+    "samples", "steps", "failed_sizes", "_evaluated", "_training_seconds", "_step_progress"
+)  # fmt: skip
 
 
 class DivergedError(BsOptunaError, ArithmeticError):
@@ -93,6 +101,7 @@ class TrainingRun:
         device: Where.
         limit: In force during the work on batches.
         backed_off: Called after a step whose microbatch had to be made smaller.
+        file: Where the state of the run is kept for another process; None keeps none.
 
     Attributes:
         samples: Training samples seen.
@@ -113,12 +122,16 @@ class TrainingRun:
         device: torch.device,
         limit: MemoryLimit,
         backed_off: Callable[[TrainingRun], None] = lambda run: None,
+        file: CheckpointFile | None = None,
     ) -> None:
         self._task = task
+        self._given_loss = task.loss
         self._settings = settings
         self._device = device
         self._limit = limit
         self._backed_off = backed_off
+        self._file = file
+        self._evaluated: dict[int, dict[str, float]] = {}  # by number of the rung
         self._peak = PeakMemory(device)
         self._total = settings.budget.steps(settings.batch_size)  # None: the clock decides
         self._begin: float | None = None
@@ -160,6 +173,9 @@ class TrainingRun:
     def checkpoints(self) -> Iterator[Checkpoint]:
         """Trains and yields an evaluation at each rung, the last one at the end of the budget.
 
+        With a file the state of the run is written there after each evaluation but the last. A run
+        that finds its file goes on from there, and yields what was evaluated before once more.
+
         Raises:
             DivergedError: The loss is not finite.
             MicrobatchDoesNotFitError: A single sample does not fit.
@@ -171,20 +187,31 @@ class TrainingRun:
         self._begin = time.perf_counter()
         settings = self._settings
         self._build()
+        random = self._resume()
         batches = training_batches(
-            self._task.train_data, batch_size=settings.batch_size, seed=settings.seed
+            self._task.train_data,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            skip=self.steps,
         )
+        if random is not None:
+            restore_random_states(random, self._device)
         points = rungs(settings.budget, batch_size=settings.batch_size, count=settings.evaluations)
         for k, rung in enumerate(points):
-            while self._progress() < rung.progress:
-                self._step(batches)
-            if k + 1 < len(points) and self._progress() >= points[k + 1].progress:
-                continue  # one large step has passed several rungs: the last of them counts
-            values = self.evaluate(self._task.valid_data)
-            if not all(math.isfinite(value) for value in values.values()):
-                raise DivergedError(f"validation {values} after {self.samples} samples")
-            self.values = values
-            yield Checkpoint(rung.resource, values, last=k + 1 == len(points))
+            last = k + 1 == len(points)
+            if k not in self._evaluated:
+                while self._progress() < rung.progress:
+                    self._step(batches)
+                if not last and self._progress() >= points[k + 1].progress:
+                    continue  # one large step has passed several rungs: the last of them counts
+                values = self.evaluate(self._task.valid_data)
+                if not all(math.isfinite(value) for value in values.values()):
+                    raise DivergedError(f"validation {values} after {self.samples} samples")
+                self._evaluated[k] = values
+                if not last:
+                    self._save()
+            self.values = self._evaluated[k]
+            yield Checkpoint(rung.resource, self.values, last=last)
 
     def evaluate(self, data: Data) -> dict[str, float]:
         """Mean loss and metrics of the model as it is now.
@@ -197,12 +224,34 @@ class TrainingRun:
             self.evaluation_fits = self._evaluation.batch_size
         return values
 
+    def _save(self) -> None:
+        if self._file is not None:
+            state = training_state(self._modules(), self._optimizer, self._device)
+            progress = {name: getattr(self, name) for name in _PROGRESS}
+            self._file.write({**state, "progress": progress, "seconds": self.seconds})
+
+    def _resume(self) -> dict[str, Any] | None:
+        """Loads what the file holds; returns the random states, to be restored last."""
+        state = None if self._file is None else self._file.read()
+        if state is None:
+            return None
+        if not load_training_state(state, self._modules(), self._optimizer):
+            self._build()
+            return None
+        for name in _PROGRESS:
+            setattr(self, name, state["progress"][name])
+        self._begin = time.perf_counter() - state["seconds"]
+        return dict(state["random"])
+
+    def _modules(self) -> list[nn.Module]:
+        return [m for m in (self._model, self._task.loss) if isinstance(m, nn.Module)]
+
     def _build(self) -> None:
         torch.manual_seed(self._settings.seed)
         with self._limit.active():
             self._model = self._task.model().to(self._device)
-            if isinstance(self._task.loss, nn.Module):  # with weights or parameters of its own
-                loss = copy.deepcopy(self._task.loss).to(self._device)
+            if isinstance(self._given_loss, nn.Module):  # with weights or parameters of its own
+                loss = copy.deepcopy(self._given_loss).to(self._device)
                 self._task = replace(self._task, loss=loss)
         self._model.train()
         self._parameters = list(self._model.parameters())

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Mapping
-from contextlib import contextmanager
+from pathlib import Path
 
 import optuna
 import torch
@@ -18,6 +17,7 @@ from bs_optuna.errors import TaskError
 from bs_optuna.errors import ThrashingError
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import mark_memory
+from bs_optuna.training.attempt import Attempt
 from bs_optuna.training.budget import Budget
 from bs_optuna.training.known_sizes import KnownSizes
 from bs_optuna.training.known_sizes import known_sizes
@@ -31,6 +31,7 @@ from bs_optuna.training.memory_limit import memory_limit as limit_memory
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
+from bs_optuna.training.random_states import private_random_state
 from bs_optuna.training.starting_sizes import StartingSizes
 from bs_optuna.training.task import TrainingTask
 
@@ -62,6 +63,8 @@ class TrainingObjective:
             the search for a size; a trial that loses more is pruned.
         device: Where to train; None is the accelerator if there is one.
         seed: Of weights and data order; trial number n gets seed + n.
+        checkpoints: Folder for the state of running trials, from which another process goes on if
+            this one dies; None writes none.
 
     Raises:
         TaskError: The training data holds fewer samples than the largest batch size.
@@ -80,6 +83,7 @@ class TrainingObjective:
         oom_budget: float = OOM_BUDGET,
         device: torch.device | None = None,
         seed: int = 0,
+        checkpoints: Path | None = None,
     ) -> None:
         _check_range("batch_size", *batch_size)
         _check_range("learning_rate", *learning_rate)
@@ -92,9 +96,10 @@ class TrainingObjective:
         self._microbatch_size = microbatch_size
         self._oom_budget = oom_budget
         self.seed = seed
+        self._checkpoints = checkpoints
         self._limit = limit_memory(self.device, memory_limit)
         self._limit.warm_up(self._rehearse)
-        with _private_random_state(self.device):
+        with private_random_state(self.device):
             self._memory_key = memory_key(
                 task, device=self.device, limit_bytes=self._limit.limit_bytes
             )
@@ -129,18 +134,21 @@ class TrainingObjective:
         batch_size, learning_rate = self.suggest(trial)
         _check_enough(self.task, batch_size)  # an enqueued one may lie outside the range
         known = self._known(trial.study)
+        attempt = Attempt.read(trial.number, trial.user_attrs, folder=self._checkpoints)
 
         def backed_off(run: TrainingRun) -> None:
             """Others begin while this one trains, which may take hours."""
-            _set_attributes(trial, learned(run, self._memory_key))
+            _set(trial, learned(run, self._memory_key))
 
-        run = self._run(batch_size, learning_rate, self.seed + trial.number, known, backed_off)
+        seed = self.seed + attempt.first
+        run = self._run(batch_size, learning_rate, seed, known, attempt, backed_off)
+        _set(trial, attempt.started(microbatch_size=run.microbatch_size))
         reason, value = None, None
-        with _private_random_state(self.device):
+        with private_random_state(self.device):
             try:
                 if known.microbatch.hopeless:
                     reason = "memory: a single sample is known not to fit"
-                else:
+                elif (reason := attempt.hopeless) is None:
                     value, reason = self._train(trial, run)
             except DivergedError as error:
                 reason = f"diverged: {error}"
@@ -153,7 +161,8 @@ class TrainingObjective:
                 reason = f"memory: {verdict.message}"
                 release(error)
             finally:
-                self._store(trial, run, learning_rate, reason)
+                self._store(trial, run, learning_rate, reason, attempt)
+                attempt.remove_checkpoint()
         if reason is not None:
             if reason.startswith("memory"):
                 empty_caches()
@@ -181,7 +190,7 @@ class TrainingObjective:
             MicrobatchDoesNotFitError: A single sample does not fit.
         """
         run = self._run(batch_size, learning_rate, seed, self._known(study))
-        with _private_random_state(self.device):
+        with private_random_state(self.device):
             *_, last = run.checkpoints()
             test = {} if self.task.test_data is None else run.evaluate(self.task.test_data)
         return {"valid": last.values, "test": test}
@@ -192,10 +201,13 @@ class TrainingObjective:
         learning_rate: float,
         seed: int,
         known: KnownSizes,
+        attempt: Attempt | None = None,
         backed_off: Callable[[TrainingRun], None] = lambda run: None,
     ) -> TrainingRun:
         most = min(batch_size, self._microbatch_size or batch_size)
-        with _private_random_state(self.device):
+        if attempt is not None:
+            most = attempt.most(most)
+        with private_random_state(self.device):
             predicted = self._starting_sizes.predicted
         settings = RunSettings(
             batch_size=batch_size,
@@ -208,13 +220,20 @@ class TrainingObjective:
             oom_budget=self._oom_budget,
         )
         return TrainingRun(
-            self.task, settings, device=self.device, limit=self._limit, backed_off=backed_off
+            self.task,
+            settings,
+            device=self.device,
+            limit=self._limit,
+            backed_off=backed_off,
+            file=None if attempt is None else attempt.file,
         )
 
     def _train(self, trial: optuna.Trial, run: TrainingRun) -> tuple[float, str | None]:
         value = float("nan")
         for checkpoint in run.checkpoints():
             value = checkpoint.values[self.task.objective]
+            if self._checkpoints is not None:  # backed off or not, it is what a death would be of
+                trial.set_user_attr(attributes.MICROBATCH_SIZE, run.microbatch_size)
             if checkpoint.resource is not None:
                 trial.report(value, checkpoint.resource)
                 if not checkpoint.last and trial.should_prune():
@@ -222,7 +241,12 @@ class TrainingObjective:
         return value, None
 
     def _store(
-        self, trial: optuna.Trial, run: TrainingRun, learning_rate: float, reason: str | None
+        self,
+        trial: optuna.Trial,
+        run: TrainingRun,
+        learning_rate: float,
+        reason: str | None,
+        attempt: Attempt,
     ) -> None:
         stored: dict[str, float | str | None] = {
             attributes.LEARNING_RATE: learning_rate,
@@ -240,9 +264,10 @@ class TrainingObjective:
             attributes.OOM_SECONDS: run.lost.seconds or None,
             attributes.PRUNE_REASON: reason,
         }
-        stored |= learned(run, self._memory_key)
+        killed = attempt.failed_sizes(fits=run.fits)
+        stored |= learned(run, self._memory_key, killed=killed)
         stored |= {f"{attributes.VALID_PREFIX}{k}": mean for k, mean in run.values.items()}
-        _set_attributes(trial, stored)
+        _set(trial, stored)
         mark_memory(trial, fits=not (reason or "").startswith("memory"))
 
     def _known(self, study: optuna.Study) -> KnownSizes:
@@ -261,13 +286,13 @@ class TrainingObjective:
         run = TrainingRun(
             self.task, settings, device=self.device, limit=limit_memory(self.device, None)
         )
-        with _private_random_state(self.device):
+        with private_random_state(self.device):
             for _ in run.checkpoints():
                 pass
 
 
-def _set_attributes(trial: optuna.Trial, values: Mapping[str, float | str | None]) -> None:
-    for key, value in values.items():
+def _set(trial: optuna.Trial, stored: Mapping[str, float | str | None]) -> None:
+    for key, value in stored.items():
         if value is not None:
             trial.set_user_attr(key, value)
 
@@ -275,14 +300,6 @@ def _set_attributes(trial: optuna.Trial, values: Mapping[str, float | str | None
 def default_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-@contextmanager
-def _private_random_state(device: torch.device) -> Iterator[None]:
-    """Lets a run seed PyTorch without the rest of the program noticing."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices=devices, device_type=device.type):
-        yield
 
 
 def _check_range(name: str, low: float, high: float) -> None:

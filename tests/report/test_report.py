@@ -59,7 +59,7 @@ def test_the_summary_says_what_to_use_and_how_sure_that_is(tuning: Tuning) -> No
 
 
 def test_an_empty_study_recommends_nothing(tuning: Tuning) -> None:
-    empty = Tuning(tuning.task, tuning.objective, optuna.create_study(), "sqlite:///x.db", 5)
+    empty = replace(tuning, study=optuna.create_study())
     assert conclude(empty, final_runs=1) is None
     text = shown(summary(empty, None))
     assert "nothing to recommend" in text

@@ -1,0 +1,91 @@
+"""A worker process: runs trials of a study, one each time that its parent asks for it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from bs_optuna.config import StudyConfig
+from bs_optuna.errors import EXIT_INTERRUPTED
+from bs_optuna.errors import UserError
+
+
+def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
+    """The life of a worker process.
+
+    From the pipe it reads True for each trial that it shall run, and False when it is done with.
+    It sends pairs: ``"created"``, ``"started"`` or ``"ended"`` with the number of a trial, or
+    ``"failed"`` with the one line that says what the user has to mend.
+
+    Args:
+        config: The settings of the study.
+        checkpoints: Folder for the state of running trials.
+        pipe: To the parent.
+    """
+    # The terminal sends Ctrl-C to all of its processes; the parent passes it on, once, as SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    threading.Thread(target=_outlive_no_parent, daemon=True).start()
+    try:
+        _run_trials(config, checkpoints, pipe)
+    except UserError as error:
+        _tell(pipe, "failed", str(error))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def set_up_libraries() -> None:
+    """Settings of Optuna and PyTorch that the command and its workers share."""
+    import optuna
+    import torch
+
+    # Its warnings are of trials that failed, with a traceback: the error itself comes anyway.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # Numbers too small to matter slow a CPU down tenfold when a network has learned its data.
+    torch.set_flush_denormal(True)
+
+
+def _outlive_no_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run_trials(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
+    import torch
+
+    from bs_optuna.study.tuning import prepare
+    from bs_optuna.tasks.loading import load_task
+
+    set_up_libraries()
+    # Together they use the cores once; more threads than cores only wait for each other.
+    torch.set_num_threads(max(1, torch.get_num_threads() // config.worker_processes))
+    tuning = prepare(config, load_task(config.task), checkpoints=checkpoints)
+    while _is_asked(pipe):
+        tuning.run_one(
+            created=lambda trial: _tell(pipe, "created", trial.number),
+            started=lambda trial: _tell(pipe, "started", trial.number),
+            ended=lambda study, trial: _tell(pipe, "ended", trial.number),
+        )
+
+
+def _is_asked(pipe: Connection) -> bool:
+    """Whether to run one more trial; a parent that is gone wants none."""
+    try:
+        return bool(pipe.recv())
+    except (EOFError, OSError):
+        return False
+
+
+def _tell(pipe: Connection, event: str, what: int | str) -> None:
+    try:
+        pipe.send((event, what))
+    except OSError:  # the parent is gone; the trial is to be queued again, as after Ctrl-C
+        raise KeyboardInterrupt from None

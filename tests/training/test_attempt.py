@@ -1,0 +1,72 @@
+"""What the attempt after a sudden death is told, and when there is none any more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bs_optuna.sampling import attributes
+from bs_optuna.training.attempt import MAX_ATTEMPTS
+from bs_optuna.training.attempt import Attempt
+from bs_optuna.training.attempt import after_death
+from bs_optuna.training.attempt import inherited
+
+
+def test_each_attempt_has_half_the_microbatch_and_the_first_ones_seed_and_file(
+    tmp_path: Path,
+) -> None:
+    stored: dict[str, Any] = {}
+    first = Attempt.read(4, stored, folder=tmp_path)
+    size = 64
+    for number in range(4, 4 + MAX_ATTEMPTS):
+        attempt = Attempt.read(number, stored, folder=tmp_path)
+        assert attempt.hopeless is None
+        assert attempt.first == 4
+        assert attempt.most(100) == (100 if number == 4 else size)
+        if number == 4:
+            first = attempt
+        assert attempt.checkpoint == first.checkpoint
+        size = min(attempt.most(100), 50)
+        stored = {**stored, **attempt.started(microbatch_size=size)}
+        stored = after_death(number, stored, signal="SIGKILL")
+        size //= 2
+    last = Attempt.read(9, stored, folder=tmp_path)
+    assert last.hopeless is not None
+    assert last.hopeless.startswith("memory: killed in each of 3 attempts, last by SIGKILL")
+    assert "microbatch_size=12" in last.hopeless
+
+
+def test_a_single_sample_is_not_halved() -> None:
+    stored = {attributes.MICROBATCH_SIZE: 1}
+    attempt = Attempt.read(1, after_death(0, stored, signal="SIGABRT"), folder=None)
+    assert attempt.most(32) == 1
+    assert attempt.failed_sizes(fits=1) == []
+
+
+def test_a_death_tells_of_memory_only_once_a_smaller_microbatch_has_fitted() -> None:
+    stored = after_death(0, {attributes.MICROBATCH_SIZE: 16}, signal="SIGKILL")
+    attempt = Attempt.read(1, stored, folder=None)
+    assert attempt.failed_sizes(fits=0) == []
+    assert attempt.failed_sizes(fits=8) == [16]
+
+
+def test_a_death_before_the_size_was_known_halves_nothing() -> None:
+    attempt = Attempt.read(1, after_death(0, {}, signal="SIGSEGV"), folder=None)
+    assert (attempt.number, attempt.killed_by, attempt.most(32)) == (2, "SIGSEGV", 32)
+
+
+@pytest.mark.parametrize("folder", [None, Path("somewhere")])
+def test_without_a_folder_nothing_is_stored_with_the_trial(folder: Path | None) -> None:
+    started = Attempt.read(0, {}, folder=folder).started(microbatch_size=8)
+    assert bool(started) == (folder is not None)
+
+
+def test_what_is_queued_again_as_it_was_keeps_its_count_but_no_file() -> None:
+    stored = after_death(
+        0, {attributes.MICROBATCH_SIZE: 16, attributes.CHECKPOINT: "a.pt"}, signal="SIGKILL"
+    )
+    assert stored[attributes.CHECKPOINT] == "a.pt"
+    kept = inherited({**stored, attributes.SECONDS: 3.0})
+    assert kept == {k: v for k, v in stored.items() if k != attributes.CHECKPOINT}
