@@ -33,6 +33,11 @@ class AccumulationPlan:
         if self.microbatch_limit < 1:
             raise ValueError(f"microbatch_limit={self.microbatch_limit}; must be at least 1.")
 
+    @classmethod
+    def within(cls, batch_size: int, limit: int | None) -> AccumulationPlan:
+        """The cut by a limit that may be larger than the batch; None is the whole batch."""
+        return cls(batch_size, batch_size if limit is None else min(limit, batch_size))
+
     @cached_property
     def accumulation_steps(self) -> int:
         """Number of microbatches, ceil(B / limit)."""

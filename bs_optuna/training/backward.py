@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from typing import Literal
 
@@ -20,6 +21,7 @@ from torch import nn
 from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.science.accumulation import AccumulationPlan
 from bs_optuna.science.accumulation import weights
+from bs_optuna.science.regrowth import MicrobatchLimit
 from bs_optuna.training.batches import Batch
 from bs_optuna.training.batches import batch_length
 from bs_optuna.training.batches import call_model
@@ -62,7 +64,7 @@ class BackwardResult:
 
     @property
     def backoffs(self) -> int:
-        """How often the microbatch was halved in this call."""
+        """How often a smaller microbatch was tried in this call."""
         return len(self.sizes_tried) - 1
 
 
@@ -91,8 +93,8 @@ class AccumulatedBackward:
             for a dict.
         loss_fn: Called as ``loss_fn(outputs, targets)``; returns a scalar. Its parameters and
             buffers are looked after too if it is a module.
-        microbatch_size: ``"auto"`` starts with the whole batch; a number starts there. It only
-            shrinks, and the next call starts where the last one ended.
+        microbatch_size: ``"auto"`` starts with the whole batch; a number starts there. The next
+            call starts where the last one ended.
         reduction: ``"mean"`` if the loss is a mean over samples or tokens, or ``"sum"``.
         count: With ``reduction="mean"``: what the mean of a microbatch is taken over, as
             ``count(inputs, targets)``, if that is not its samples; for instance the target tokens
@@ -105,6 +107,9 @@ class AccumulatedBackward:
             microbatch is still normalized by its own statistics, so gradients, and the values
             that reach a BatchNorm behind another one, are not those of the whole batch;
             `convert_batch_norm` takes BatchNorm out altogether.
+        regrow_after: Calls without a failure before a microbatch that has shrunk is tried at twice
+            its size, up to where it started; a try that fails is undone and doubles the wait. None
+            never tries.
 
     Example:
         >>> backward = AccumulatedBackward(model, loss_fn, microbatch_size="auto")
@@ -125,6 +130,7 @@ class AccumulatedBackward:
         scaler: torch.amp.GradScaler | None = None,
         autocast_dtype: torch.dtype | None = None,
         batch_norm: Literal["microbatch", "exact"] = "microbatch",
+        regrow_after: int | None = 64,
     ) -> None:
         if microbatch_size != "auto" and microbatch_size < 1:
             raise ValueError(
@@ -136,10 +142,13 @@ class AccumulatedBackward:
             raise ValueError("count is for reduction='mean' only; a sum needs no weights.")
         if batch_norm not in ("microbatch", "exact"):
             raise ValueError(f"batch_norm={batch_norm!r}; must be 'microbatch' or 'exact'.")
+        if regrow_after is not None and regrow_after < 1:
+            raise ValueError(f"regrow_after={regrow_after}; must be at least 1, or None for never.")
         self._modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
         self._model = model
         self._loss_fn = loss_fn
-        self._limit = None if microbatch_size == "auto" else microbatch_size
+        most = None if microbatch_size == "auto" else microbatch_size
+        self._limit = MicrobatchLimit(most, regrow_after=regrow_after)
         self._reduction = reduction
         self._count = count
         self._scaler = scaler
@@ -157,7 +166,7 @@ class AccumulatedBackward:
     @property
     def microbatch_size(self) -> int | None:
         """Most samples that the next call puts into a microbatch; None is the whole batch."""
-        return self._limit
+        return self._limit.value
 
     def __call__(self, inputs: Any, targets: Any = None) -> BackwardResult:
         """Adds the gradient of the whole batch to ``.grad``.
@@ -174,16 +183,18 @@ class AccumulatedBackward:
             TypeError: The batch holds something that cannot be cut into microbatches.
         """
         batch = (inputs, targets)
-        plan = AccumulationPlan(n := batch_length(batch), min(self._limit or n, n))
+        cut = partial(AccumulationPlan.within, batch_length(batch))
+        plan = self._limit.plan(cut)
         tried = [plan.microbatch_size]
         while True:
             if plan.accumulation_steps > 1 and not self._warned:
                 self._warn(plan)
             outcome = self._attempt(plan, batch)
             if isinstance(outcome, torch.Tensor):
+                self._limit.succeeded(plan)
                 return BackwardResult(
                     loss=outcome,
-                    batch_size=n,
+                    batch_size=plan.batch_size,
                     microbatch_size=plan.microbatch_size,
                     accumulation_steps=plan.accumulation_steps,
                     sizes_tried=tuple(tried),
@@ -193,8 +204,7 @@ class AccumulatedBackward:
                 continue
             if plan.microbatch_size == 1 or not outcome.retryable:
                 raise _does_not_fit(outcome, tried)
-            plan = plan.halved()
-            self._limit = plan.microbatch_limit
+            plan = self._limit.failed(plan, cut)
             tried.append(plan.microbatch_size)
             _logger.info("out of memory at %d samples; now %d", tried[-2], tried[-1])
 

@@ -286,6 +286,14 @@ def test_a_trial_starts_where_the_last_one_ended(study: optuna.Study) -> None:
     assert Limited.seen[0] == 8
 
 
+def test_what_failed_in_a_study_is_not_tried_again_in_it(study: optuna.Study) -> None:
+    objective = make_objective(make_task(fits=5), budget=Budget("steps", 200))
+    for failures in (3, 0):  # 32, 16 and 8, and never again
+        trial = run_trial(objective, study, batch_size=32, lr=0.1)
+        assert trial.user_attrs[attributes.BACKOFFS] == failures
+        assert trial.user_attrs[attributes.STEPS] == 200
+
+
 def test_another_model_does_not_inherit_the_microbatch(study: optuna.Study) -> None:
     run_trial(make_objective(make_task(fits=8)), study, batch_size=64, lr=0.5)
     wide = make_task(model=lambda: nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 3)))
