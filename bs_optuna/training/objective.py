@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import optuna
 import torch
@@ -50,7 +51,8 @@ class TrainingObjective:
         budget: What every trial gets.
         batch_size: Smallest and largest batch size to search.
         learning_rate: Smallest and largest peak learning rate to search.
-        microbatch_size: Largest microbatch to use; None finds it.
+        microbatch_size: Largest microbatch to use; None is the largest that fits, and ``"fastest"``
+            the smallest within 3 % of the best throughput, measured before the first trial.
         memory_limit: Bytes that training may hold, None for what the device has.
         device: Where to train; None is the accelerator if there is one.
         seed: Of weights and data order; trial number n gets seed + n.
@@ -67,7 +69,7 @@ class TrainingObjective:
         budget: Budget,
         batch_size: tuple[int, int] = (16, 512),
         learning_rate: tuple[float, float] = (1e-5, 1e-1),
-        microbatch_size: int | None = None,
+        microbatch_size: int | Literal["fastest"] | None = None,
         memory_limit: int | None = None,
         device: torch.device | None = None,
         seed: int = 0,
@@ -174,9 +176,12 @@ class TrainingObjective:
     def _run(
         self, batch_size: int, learning_rate: float, seed: int, known: MicrobatchBounds
     ) -> TrainingRun:
-        most = min(batch_size, self._microbatch_size or batch_size)
         with _private_random_state(self.device):
             predicted = self._starting_sizes.predicted
+            largest = self._microbatch_size
+            if largest == "fastest":
+                largest = self._starting_sizes.measure(known).smallest_fast
+        most = min(batch_size, largest or batch_size)
         settings = RunSettings(
             batch_size=batch_size,
             learning_rate=learning_rate,
@@ -201,7 +206,9 @@ class TrainingObjective:
     def _store(
         self, trial: optuna.Trial, run: TrainingRun, learning_rate: float, reason: str | None
     ) -> None:
-        stored: dict[str, float | str | None] = {
+        measured = self._starting_sizes.measured
+        failed = run.failed_sizes + [size for size in [measured.fails] if size is not None]
+        stored: dict[str, float | str | list[tuple[int, float]] | None] = {
             attributes.LEARNING_RATE: learning_rate,
             attributes.EFFECTIVE_BATCH_SIZE: run.batch_size,
             attributes.MICROBATCH_SIZE: run.microbatch_size,
@@ -215,7 +222,8 @@ class TrainingObjective:
             attributes.DEVICE: str(self.device),
             attributes.MEMORY_KEY: self._memory_key,
             attributes.MICROBATCH_FITS: run.fits,
-            attributes.MICROBATCH_FAILS: min(run.failed_sizes, default=None),
+            attributes.MICROBATCH_FAILS: min(failed, default=None),
+            attributes.THROUGHPUT: list(measured.rates.items()) or None,
             attributes.PRUNE_REASON: reason,
         }
         stored |= {f"{attributes.VALID_PREFIX}{k}": mean for k, mean in run.values.items()}
