@@ -192,6 +192,7 @@ class TrainingRun:
             self._task.loss,
             microbatch_size=self.microbatch_size,
             count=self._task.count,
+            batch_norm=self._task.batch_norm,
             regrow_after=None,  # what failed once in a study is not tried again in it
         )
         pieces = max(2 * self.microbatch_size, SMALLEST_EVALUATION_BATCH)

@@ -223,6 +223,25 @@ def test_batch_norm_that_gets_a_single_sample_prunes(study: optuna.Study) -> Non
     assert "batch normalization" in trial.user_attrs[attributes.PRUNE_REASON]
 
 
+def test_exact_batch_norm_reaches_a_trial(study: optuna.Study) -> None:
+    made: list[nn.Module] = []
+
+    def model() -> nn.Module:
+        made.append(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)))
+        return made[-1]
+
+    task = make_task(model=model, batch_norm="exact")
+    trained = []
+    for microbatch_size in (32, 5):
+        objective = make_objective(task, budget=Budget("steps", 6), microbatch_size=microbatch_size)
+        objective.confirm(32, 0.1, seed=3, study=study)
+        trained.append(made[-1].get_submodule("0"))
+    whole, split = trained
+    assert split.num_batches_tracked == 6
+    torch.testing.assert_close(split.running_mean, whole.running_mean)
+    torch.testing.assert_close(split.running_var, whole.running_var)
+
+
 def test_an_enqueued_batch_beyond_the_data_is_refused(study: optuna.Study) -> None:
     study.enqueue_trial({"batch_size": 129, "lr": 0.1})
     with (
