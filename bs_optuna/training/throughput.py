@@ -18,6 +18,7 @@ from bs_optuna.science.throughput import TOLERANCE
 from bs_optuna.science.throughput import samples_per_second
 from bs_optuna.science.throughput import smallest_fast
 from bs_optuna.training.backward import AccumulatedBackward
+from bs_optuna.training.batches import take
 from bs_optuna.training.data import first_samples
 from bs_optuna.training.memory_limit import MemoryLimit
 from bs_optuna.training.oom import classify
@@ -31,9 +32,10 @@ _logger = logging.getLogger(__name__)
 
 # BatchNorm refuses a single sample.
 FEWEST_SAMPLES = 2
-# The first ones load kernels and make the optimizer's state.
-UNTIMED_STEPS = 3
-TIMED_STEPS = 7
+# Sizes take turns, so that a program that is busy for a while slows down all of them alike. The
+# first step of a turn finds the caches of another size.
+TURNS = 3
+TIMED_STEPS = 2
 # The model is thrown away, and should not diverge before that.
 LEARNING_RATE = 1e-6
 
@@ -65,7 +67,7 @@ def measure_throughput(
     most: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Throughput:
-    """Times a few full steps of a throw-away model for each microbatch size, and takes the median.
+    """Times a few full steps of a throw-away model for each microbatch size, and takes medians.
 
     Args:
         task: What is trained.
@@ -75,24 +77,34 @@ def measure_throughput(
         most: The largest microbatch size to measure; the others are powers of two.
         clock: Seconds since some moment.
     """
-    rates: dict[int, float] = {}
+    seconds: dict[int, list[_Seconds]] = {}
     fails = None
     limit.start_trial()
     with limit.active():
         try:
-            timed = _TimedStep(task, device, clock)
-            for size in _sizes(most):
-                seconds = timed.medians(size)
-                if seconds is None:
+            timed = _TimedStep(task, device, clock, most)
+            for size in _sizes(most):  # loads kernels and makes the optimizer's state
+                if timed.step(size) is None:
                     fails = size
                     break
-                rates[size] = samples_per_second(
-                    batch_size, size, backward_seconds=seconds[0], update_seconds=seconds[1]
-                )
+                seconds[size] = []
+            for size in TURNS * list(seconds):
+                taken = [timed.step(size) for _ in range(1 + TIMED_STEPS)][1:]
+                seconds[size] += [t for t in taken if t is not None]
         except Exception as error:  # not even a smaller one fits, which a trial will tell
             if classify(error) is None:
                 raise
             release(error)
+    rates = {
+        size: samples_per_second(
+            batch_size,
+            size,
+            backward_seconds=statistics.median(t.backward for t in taken),
+            update_seconds=statistics.median(t.update for t in taken),
+        )
+        for size, taken in seconds.items()
+        if taken
+    }
     found = Throughput(rates, fails)
     _logger.info(
         "samples per second by microbatch size: %s; the smallest within %.0f %% of the best: %s",
@@ -108,48 +120,53 @@ def _sizes(most: int) -> list[int]:
     return sorted({*(2**n for n in range(1, most.bit_length())), least, most})
 
 
+@dataclass(frozen=True)
+class _Seconds:
+    """Of one step: forward and backward, and the optimizer's part."""
+
+    backward: float
+    update: float
+
+
 class _TimedStep:
-    """A new model of a task, whose steps are timed in two parts."""
+    """Full steps of a new model of a task, timed in two parts."""
 
     def __init__(
-        self, task: TrainingTask, device: torch.device, clock: Callable[[], float]
+        self, task: TrainingTask, device: torch.device, clock: Callable[[], float], most: int
     ) -> None:
-        self._task = task
+        self._batch = first_samples(task.train_data, most)
         self._device = device
         self._clock = clock
-        self._model = task.model().to(device).train()
-        self._loss = task.loss
-        self._parameters = list(self._model.parameters())
-        if isinstance(task.loss, nn.Module):
-            self._loss = copy.deepcopy(task.loss).to(device)
-            self._parameters += self._loss.parameters()
-        optimizer = optimizer_factory(task.optimizer)(self._parameters, LEARNING_RATE)
-        self._update = GuardedStep(optimizer)
-
-    def medians(self, size: int) -> tuple[float, float] | None:
-        """Seconds of forward and backward on that many samples, and of the optimizer's step.
-
-        None if so many do not fit.
-        """
-        inputs, targets = first_samples(self._task.train_data, size)
-        backward = AccumulatedBackward(
-            self._model,
-            self._loss,
-            count=self._task.count,
-            batch_norm="exact",  # says nothing of a split, which ends the measurement
+        model = task.model().to(device).train()
+        loss = task.loss
+        self._parameters = list(model.parameters())
+        if isinstance(loss, nn.Module):
+            loss = copy.deepcopy(loss).to(device)
+            self._parameters += loss.parameters()
+        self._update = GuardedStep(
+            optimizer_factory(task.optimizer)(self._parameters, LEARNING_RATE)
         )
-        seconds = []
-        for _ in range(UNTIMED_STEPS + TIMED_STEPS):
-            for parameter in self._parameters:
-                parameter.grad = None
-            begin = self._now()
-            if backward(inputs, targets).backoffs:
-                return None
-            middle = self._now()
-            self._update()
-            seconds.append((middle - begin, self._now() - middle))
-        first, second = zip(*seconds[UNTIMED_STEPS:], strict=True)
-        return statistics.median(first), statistics.median(second)
+        self._backwards = {
+            size: AccumulatedBackward(
+                model,
+                loss,
+                count=task.count,
+                batch_norm="exact",  # says nothing of a split, whose times do not count
+            )
+            for size in _sizes(most)
+        }
+
+    def step(self, size: int) -> _Seconds | None:
+        """Trains on that many samples in one microbatch; None if they do not fit."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        part = take(self._batch, slice(0, size))
+        begin = self._now()
+        if self._backwards[size](*part).accumulation_steps > 1:
+            return None
+        middle = self._now()
+        self._update()
+        return _Seconds(middle - begin, self._now() - middle)
 
     def _now(self) -> float:
         if self._device.type != "cpu":
