@@ -271,7 +271,7 @@ class AccumulatedBackward:
     def _run(self, plan: Plan, batch: Batch) -> torch.Tensor:
         microbatches = self._cutting.microbatches(plan, batch)
         if plan.accumulation_steps == 1:
-            return self._accumulated(*next(microbatches))
+            return self._accumulated(*microbatches[0])
         total: torch.Tensor | None = None
         statistics = WholeBatchStatistics(self._modules if self._exact_batch_norm else ())
         for weight, part in microbatches:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,25 +61,25 @@ class Cutting:
         lengths = self._lengths(batch, samples)
         return lambda limit: TokenPlan(lengths, limit or self.microbatch_tokens or 1)
 
-    def microbatches(self, plan: Plan, batch: Batch) -> Iterator[tuple[float, Batch]]:
+    def microbatches(self, plan: Plan, batch: Batch) -> list[tuple[float, Batch]]:
         """Each microbatch after its weight; those without a target are left out.
 
         Raises:
             ValueError: The whole batch is without a target.
         """
-        if plan.accumulation_steps == 1:
-            parts = [batch]
-        else:
+        if plan.accumulation_steps > 1:
             if isinstance(plan, TokenPlan):
                 batch = take(batch, torch.tensor([i for part in plan.parts for i in part]))
             parts = [take(batch, part) for part in plan.slices]  # views, not copies
+        elif self.count is None and self.trim is None:
+            return [(1.0, batch)]
+        else:
+            parts = [batch]
         shares = self._weights(parts, plan)
-        for number, (weight, part) in enumerate(zip(shares, parts, strict=True)):
-            if weight == 0:  # the mean over nothing is NaN, and would spoil the sum
-                continue
-            if self.trim is not None and isinstance(plan, TokenPlan):
-                part = self.trim(*part, plan.longest[number])
-            yield weight, part
+        if self.trim is not None and isinstance(plan, TokenPlan):
+            parts = [self.trim(p[0], p[1], n) for p, n in zip(parts, plan.longest, strict=True)]
+        # The mean over nothing is NaN, and would spoil the sum.
+        return [pair for pair in zip(shares, parts, strict=True) if pair[0] != 0]
 
     def _weights(self, parts: list[Batch], plan: Plan) -> Sequence[float]:
         if self.reduction == "sum":

@@ -28,6 +28,7 @@ from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
 from bs_optuna.training.starting_sizes import StartingSizes
 from bs_optuna.training.task import TrainingTask
+from bs_optuna.training.throughput import Throughput
 
 
 # Samples of the step that is run before any limit is in force. Two, because BatchNorm cannot take
@@ -206,7 +207,7 @@ class TrainingObjective:
     def _store(
         self, trial: optuna.Trial, run: TrainingRun, learning_rate: float, reason: str | None
     ) -> None:
-        measured = self._starting_sizes.measured
+        measured = self._starting_sizes.measured or Throughput()
         failed = run.failed_sizes + [size for size in [measured.fails] if size is not None]
         stored: dict[str, float | str | list[tuple[int, float]] | None] = {
             attributes.LEARNING_RATE: learning_rate,

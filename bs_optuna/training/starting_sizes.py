@@ -47,7 +47,7 @@ class StartingSizes:
             predicted for the largest holds for all.
 
     Attributes:
-        measured: The throughput of microbatches; empty before ``measure``.
+        measured: The throughput of microbatches; None before ``measure``.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class StartingSizes:
         self._device = device
         self._limit = limit
         self._batch_size = batch_size
-        self.measured = Throughput()
+        self.measured: Throughput | None = None
 
     @cached_property
     def predicted(self) -> FittingSizes:
@@ -82,7 +82,7 @@ class StartingSizes:
         Args:
             known: Which ones other trials have seen to fit.
         """
-        if not self.measured.rates:
+        if self.measured is None:
             most = known.start(self._batch_size, predicted=self.predicted.microbatch)
             self.measured = measure_throughput(
                 self._task,
