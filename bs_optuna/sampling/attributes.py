@@ -11,7 +11,7 @@ from __future__ import annotations
 LEARNING_RATE = "learning_rate"  # float, peak learning rate of the schedule
 WARMUP = "warmup"  # float, part of the run in which the learning rate rises
 EFFECTIVE_BATCH_SIZE = "effective_batch_size"  # int, samples per optimizer step
-MICROBATCH_SIZE = "microbatch_size"  # int, the last one used (in a trial it only shrinks)
+MICROBATCH_SIZE = "microbatch_size"  # int, the last one used
 ACCUMULATION_STEPS = "accumulation_steps"  # int, microbatches per step at that size
 BACKOFFS = "backoffs"  # int, how often the microbatch was halved
 PEAK_MEMORY_BYTES = "peak_memory_bytes"  # int, of the trial, where the device tells

@@ -209,6 +209,8 @@ class TrainingObjective:
     ) -> None:
         measured = self._starting_sizes.measured or Throughput()
         failed = run.failed_sizes + [size for size in [measured.fails] if size is not None]
+        # What ran in the end has failed because of a spike that passed.
+        failed = [size for size in failed if size > run.fits]
         stored: dict[str, float | str | list[tuple[int, float]] | None] = {
             attributes.LEARNING_RATE: learning_rate,
             attributes.EFFECTIVE_BATCH_SIZE: run.batch_size,

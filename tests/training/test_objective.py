@@ -313,6 +313,26 @@ def test_what_failed_in_a_study_is_not_tried_again_in_it(study: optuna.Study) ->
         assert trial.user_attrs[attributes.STEPS] == 200
 
 
+def test_a_spike_that_passes_costs_a_study_nothing_for_good(study: optuna.Study) -> None:
+    class Shared(Limited):
+        """Another tenant takes the memory away while a hundred samples or so are seen."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.fits = 10 if 1000 < sum(self.seen) < 1100 else 10**9
+            return super().forward(x)
+
+    task = make_task(model=lambda: Shared(0))
+    objective = make_objective(task, budget=Budget("steps", 300))
+    Limited.seen.clear()
+    trial = run_trial(objective, study, batch_size=32, lr=0.1)
+    assert trial.user_attrs[attributes.BACKOFFS] >= 1
+    assert trial.user_attrs[attributes.MICROBATCH_SIZE] == 32
+    assert attributes.MICROBATCH_FAILS not in trial.user_attrs
+    trial = run_trial(objective, study, batch_size=32, lr=0.1)
+    assert trial.user_attrs[attributes.BACKOFFS] == 0
+    assert trial.user_attrs[attributes.MICROBATCH_SIZE] == 32
+
+
 def test_another_model_does_not_inherit_the_microbatch(study: optuna.Study) -> None:
     run_trial(make_objective(make_task(fits=8)), study, batch_size=64, lr=0.5)
     wide = make_task(model=lambda: nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 3)))
