@@ -102,11 +102,11 @@ class TokenPlan:
     def parts(self) -> tuple[tuple[int, ...], ...]:
         """The samples of each microbatch, by their places in the batch, longest ones first."""
         order = sorted(range(self.batch_size), key=lambda sample: -self.lengths[sample])
-        parts = []
-        while order:
-            size = max(1, self.microbatch_limit // max(1, self.lengths[order[0]]))
-            parts.append(tuple(order[:size]))
-            order = order[size:]
+        parts, start = [], 0
+        while start < self.batch_size:
+            size = max(1, self.microbatch_limit // max(1, self.lengths[order[start]]))
+            parts.append(tuple(order[start : start + size]))
+            start += size
         return tuple(sorted(parts, key=lambda part: -self._elements(part)))
 
     @property

@@ -85,7 +85,7 @@ def fewest(lengths: tuple[int, ...], tokens: int) -> int:
 
     def search(left: tuple[int, ...], groups: list[list[int]]) -> int:
         if not left:
-            fits = (len(group) * max(1, *group, 1) <= tokens or len(group) == 1 for group in groups)
+            fits = (len(group) * max(1, *group) <= tokens or len(group) == 1 for group in groups)
             return len(groups) if all(fits) else len(lengths) + 1
         first, rest = left[0], left[1:]
         alone = search(rest, [*groups, [first]])
@@ -93,7 +93,7 @@ def fewest(lengths: tuple[int, ...], tokens: int) -> int:
             search(rest, [*groups[:k], [*group, first], *groups[k + 1 :]])
             for k, group in enumerate(groups)
         )
-        return min(alone, *joined, alone)
+        return min([alone, *joined])
 
     return search(lengths, [])
 

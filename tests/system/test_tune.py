@@ -14,6 +14,7 @@ import pytest
 from optuna.trial import TrialState
 
 from bs_optuna.sampling import attributes
+from bs_optuna.science.throughput import smallest_fast
 from bs_optuna.study import open_study
 
 
@@ -204,6 +205,19 @@ def test_a_real_limit_on_memory_fails_no_trial_and_keeps_every_batch(tmp_path: P
         assert 4 <= size <= 12  # what 12 MiB hold of samples of about 1 MB
         backoffs += stored[attributes.BACKOFFS]
     assert backoffs <= 9  # log2(512), in the whole study
+
+
+@pytest.mark.slow
+def test_the_fastest_microbatch_is_measured_and_used(tmp_path: Path) -> None:
+    arguments = ("--trials", "2", "--batch-size", "64:128", "--microbatch-size", "fastest")
+    done = tune(tmp_path, *arguments, *SHORT)
+    assert done.returncode == 0, done.stderr
+    for trial in trials(tmp_path, "digits"):
+        rates = dict(trial.user_attrs[attributes.THROUGHPUT])
+        assert list(rates) == [2, 4, 8, 16, 32, 64, 128]
+        most = smallest_fast(rates)
+        assert most / 2 < trial.user_attrs[attributes.MICROBATCH_SIZE] <= most
+        assert trial.user_attrs[attributes.BACKOFFS] == 0
 
 
 @pytest.mark.slow

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from children import run_limited
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -164,3 +167,16 @@ def test_settings_that_do_not_go_together_are_refused(
 def test_lengths_of_something_else_are_refused() -> None:
     with pytest.raises(ValueError, match="lengths gave 2 numbers for 3 samples; must be one of"):
         make_backward(Tagger(), lengths=lambda inputs, targets: [1, 2])(*texts([2, 12, 3]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot limit a CPU's memory")
+def test_the_longest_text_of_an_epoch_fails_nothing_under_a_real_limit() -> None:
+    found = run_limited(Path(__file__).with_name("real_tokens.py"))
+    assert not any(found["tokens"]["failed"])
+    assert max(found["tokens"]["ran"]) == 4096
+    # A number of samples that was right for four batches is wrong for the fifth.
+    assert [bool(failed) for failed in found["samples"]["failed"]] == [False] * 4 + [True, False]
+    halved = found["too many tokens"]["failed"][4]
+    assert halved == [65536 // 2**k for k in range(len(halved))]
+    assert found["too many tokens"]["ran"][4] == halved[-1] // 2
