@@ -100,7 +100,11 @@ def parse_bytes(value: object) -> object:
 
 
 def _microbatch(value: object) -> object:
-    return None if value == "auto" else _number(value)
+    if value in (None, "auto", "fastest"):
+        return None if value == "auto" else value
+    if isinstance(value, str) and not value.strip().isdecimal():
+        raise ValueError("must be a whole number, auto or fastest")
+    return _number(value)
 
 
 def _storage(value: object) -> object:
@@ -155,8 +159,12 @@ class StudyConfig(BaseModel):
         description="what every trial gets: samples=N, steps=N or seconds=N (default: the "
         "samples of 8 passes over the training data)",
     )
-    microbatch_size: Annotated[int | None, BeforeValidator(_microbatch)] = Field(
-        None, ge=1, description="largest microbatch (default: auto, whatever fits)"
+    microbatch_size: Annotated[
+        Annotated[int, Field(ge=1)] | Literal["fastest"] | None, BeforeValidator(_microbatch)
+    ] = Field(
+        None,
+        description="largest microbatch; fastest measures which is the smallest at full speed "
+        "(default: auto, whatever fits)",
     )
     memory_limit: Annotated[int | None, BeforeValidator(parse_bytes)] = Field(
         None, description="memory that training may hold, as in 512MiB (default: the device's)"

@@ -59,6 +59,7 @@ def test_what_is_shown_can_be_read(tmp_path: Path) -> None:
         ({"memory_limit": "5 potatoes"}, "must be a number of bytes with a unit"),
         ({"timeout": "-1"}, "timeout=-1; must be greater than 0."),
         ({"microbatch_size": "0"}, "microbatch_size=0; must be greater than or equal to 1."),
+        ({"microbatch_size": "best"}, "microbatch_size=best; must be a whole number, auto or fast"),
         ({"trials": True}, "trials=true; must be a number."),
         ({"seed": "99999999999999"}, "seed=99999999999999; must be less than or equal to"),
         ({"batch_size": [16.7, 40.9]}, "batch_size=[16.7, 40.9]; must be LOW:HIGH"),
@@ -76,6 +77,15 @@ def test_a_wrong_setting_is_one_line_with_value_and_remedy(
         make_config(None, flags)
     assert message in str(info.value)
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(("given", "means"), [("auto", None), ("fastest", "fastest"), ("8", 8)])
+def test_a_microbatch_may_be_a_word(tmp_path: Path, given: str, means: str | int | None) -> None:
+    config = make_config(None, {"microbatch_size": given})
+    assert config.microbatch_size == means
+    path = tmp_path / "shown.toml"
+    path.write_text(config.as_toml())
+    assert make_config(path, {}) == config
 
 
 def test_a_wrong_setting_in_a_file_names_the_file(tmp_path: Path) -> None:

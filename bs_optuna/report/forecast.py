@@ -68,7 +68,9 @@ def _forecasts(
     low, high = config.batch_size
     powers = {2**n for n in range(low.bit_length(), high.bit_length())}
     most = MemoryProbe(task, device=device, batch_size=high).largest_fitting(memory)
-    most = max(1, min(most, config.microbatch_size or most))
+    if isinstance(config.microbatch_size, int):  # which one is the fastest only a run can tell
+        most = min(most, config.microbatch_size)
+    most = max(1, most)
     found = []
     for batch_size in sorted({low, *powers, high}):
         plan = AccumulationPlan(batch_size, most)

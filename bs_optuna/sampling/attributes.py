@@ -11,7 +11,7 @@ from __future__ import annotations
 LEARNING_RATE = "learning_rate"  # float, peak learning rate of the schedule
 WARMUP = "warmup"  # float, part of the run in which the learning rate rises
 EFFECTIVE_BATCH_SIZE = "effective_batch_size"  # int, samples per optimizer step
-MICROBATCH_SIZE = "microbatch_size"  # int, the last one used (it only shrinks)
+MICROBATCH_SIZE = "microbatch_size"  # int, the last one used
 ACCUMULATION_STEPS = "accumulation_steps"  # int, microbatches per step at that size
 BACKOFFS = "backoffs"  # int, how often the microbatch was halved
 OOM_ATTEMPTS = "oom_attempts"  # int, attempts that ran out of memory, where there were any
@@ -23,6 +23,7 @@ STEPS = "steps"  # int, optimizer steps
 DEVICE = "device"  # str, as torch writes it
 PRUNE_REASON = "prune_reason"  # str, why the trial was pruned or failed
 VALID_PREFIX = "valid_"  # float each, mean loss and metrics on the validation data
+THROUGHPUT = "microbatch_samples_per_second"  # list of [size, float], how "fastest" was chosen
 NOISE_SCALE = "gradient_noise_scale"  # float, measured B_simple in samples
 
 # Of a trial: what it learned about memory, for the trials after it.

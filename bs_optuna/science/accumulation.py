@@ -1,6 +1,7 @@
 """How one batch is cut into microbatches: sizes and weights.
 
-B: samples per optimizer step (batch_size); b_j: samples in microbatch j; sum(b_j) = B.
+B: samples per optimizer step (batch_size); b_j: samples in microbatch j; sum(b_j) = B; l_j: length
+of its longest sample; b_j * l_j: its elements, padding included.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ class AccumulationPlan:
         if self.microbatch_limit < 1:
             raise ValueError(f"microbatch_limit={self.microbatch_limit}; must be at least 1.")
 
+    @classmethod
+    def within(cls, batch_size: int, limit: int | None) -> AccumulationPlan:
+        """The cut by a limit that may be larger than the batch; None is the whole batch."""
+        return cls(batch_size, batch_size if limit is None else min(limit, batch_size))
+
     @cached_property
     def accumulation_steps(self) -> int:
         """Number of microbatches, ceil(B / limit)."""
@@ -47,12 +53,16 @@ class AccumulationPlan:
     @property
     def slices(self) -> Iterator[slice]:
         """Where each microbatch lies in the batch."""
-        ends = itertools.accumulate(self.sizes, initial=0)
-        return (slice(start, end) for start, end in itertools.pairwise(ends))
+        return _slices(self.sizes)
 
     @property
     def microbatch_size(self) -> int:
         """Samples in the largest microbatch."""
+        return self.sizes[0]
+
+    @property
+    def largest(self) -> int:
+        """What the largest microbatch holds, in the unit of the limit: samples."""
         return self.sizes[0]
 
     def halved(self) -> AccumulationPlan:
@@ -64,6 +74,96 @@ class AccumulationPlan:
         if self.microbatch_size == 1:
             raise ValueError("microbatch_size=1 cannot be halved.")
         return AccumulationPlan(self.batch_size, self.microbatch_size // 2)
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """The cut of samples of different lengths into the fewest microbatches within a budget.
+
+    Samples of like length go together, which keeps padding small. The microbatch with the most
+    elements is the first: what does not fit fails at once, not after all the others.
+
+    Attributes:
+        lengths: Of each sample of the batch, in elements (tokens); 0 is counted as 1.
+        microbatch_limit: Most elements that one microbatch may hold, at least 1; a sample that is
+            longer is a microbatch of its own.
+    """
+
+    lengths: tuple[int, ...]
+    microbatch_limit: int
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 0:
+            raise ValueError(f"lengths={list(self.lengths)}; must be at least one, none below 0.")
+        if self.microbatch_limit < 1:
+            raise ValueError(f"microbatch_limit={self.microbatch_limit}; must be at least 1.")
+
+    @cached_property
+    def parts(self) -> tuple[tuple[int, ...], ...]:
+        """The samples of each microbatch, by their places in the batch, longest ones first."""
+        order = sorted(range(self.batch_size), key=lambda sample: -self.lengths[sample])
+        parts, start = [], 0
+        while start < self.batch_size:
+            size = max(1, self.microbatch_limit // max(1, self.lengths[order[start]]))
+            parts.append(tuple(order[start : start + size]))
+            start += size
+        return tuple(sorted(parts, key=lambda part: -self._elements(part)))
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per optimizer step."""
+        return len(self.lengths)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Number of microbatches."""
+        return len(self.parts)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples in each microbatch."""
+        return tuple(map(len, self.parts))
+
+    @property
+    def slices(self) -> Iterator[slice]:
+        """Where each microbatch lies once the samples are in the order of ``parts``."""
+        return _slices(self.sizes)
+
+    @property
+    def longest(self) -> tuple[int, ...]:
+        """Length of the longest sample of each microbatch."""
+        return tuple(self.lengths[part[0]] for part in self.parts)
+
+    @property
+    def microbatch_size(self) -> int:
+        """Most samples in a microbatch."""
+        return max(self.sizes)
+
+    @property
+    def largest(self) -> int:
+        """What the largest microbatch holds, in the unit of the limit: elements."""
+        return self._elements(self.parts[0])
+
+    def halved(self) -> TokenPlan:
+        """The plan to go on with when this one did not fit.
+
+        Its limit is half of what the largest microbatch holds that can be cut at all.
+
+        Raises:
+            ValueError: Every microbatch is a single sample already.
+        """
+        held = [self._elements(part) for part in self.parts if len(part) > 1]
+        if not held:
+            raise ValueError("microbatches of one sample cannot be halved.")
+        return TokenPlan(self.lengths, max(held) // 2)
+
+    def _elements(self, part: tuple[int, ...]) -> int:
+        return len(part) * max(1, self.lengths[part[0]])
+
+
+def _slices(sizes: Sequence[int]) -> Iterator[slice]:
+    ends = itertools.accumulate(sizes, initial=0)
+    return (slice(start, end) for start, end in itertools.pairwise(ends))
 
 
 def weights(counts: Sequence[float]) -> tuple[float, ...]:

@@ -10,7 +10,6 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from typing import Literal
@@ -18,21 +17,24 @@ from typing import Literal
 import torch
 from torch import nn
 
-from bs_optuna.errors import MicrobatchDoesNotFitError
-from bs_optuna.science.accumulation import AccumulationPlan
-from bs_optuna.science.accumulation import weights
+from bs_optuna.science.regrowth import MicrobatchLimit
 from bs_optuna.training.batches import Batch
-from bs_optuna.training.batches import batch_length
 from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import moved
-from bs_optuna.training.batches import take
+from bs_optuna.training.cutting import Count
+from bs_optuna.training.cutting import Cutting
+from bs_optuna.training.cutting import Lengths
+from bs_optuna.training.cutting import Plan
+from bs_optuna.training.cutting import Trim
 from bs_optuna.training.lost import Lost
 from bs_optuna.training.normalization import WholeBatchStatistics
+from bs_optuna.training.normalization import needs_two_samples
 from bs_optuna.training.normalization import splits_batch_norm
 from bs_optuna.training.onednn import give_up_onednn
 from bs_optuna.training.onednn import working_onednn
 from bs_optuna.training.oom import OutOfMemory
 from bs_optuna.training.oom import classify
+from bs_optuna.training.oom import does_not_fit
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
 from bs_optuna.training.snapshot import StepSnapshot
@@ -53,7 +55,8 @@ class BackwardResult:
         batch_size: Samples in the batch.
         microbatch_size: Samples in the largest microbatch that was run.
         accumulation_steps: Microbatches that the batch was cut into.
-        sizes_tried: Microbatch sizes of this call in order; all but the last ran out of memory.
+        sizes_tried: Microbatch sizes of this call in order, in elements under a budget of them;
+            all but the last ran out of memory.
     """
 
     loss: torch.Tensor
@@ -64,7 +67,7 @@ class BackwardResult:
 
     @property
     def backoffs(self) -> int:
-        """How often the microbatch was halved in this call."""
+        """How often a smaller microbatch was tried in this call."""
         return len(self.sizes_tried) - 1
 
 
@@ -93,8 +96,8 @@ class AccumulatedBackward:
             for a dict.
         loss_fn: Called as ``loss_fn(outputs, targets)``; returns a scalar. Its parameters and
             buffers are looked after too if it is a module.
-        microbatch_size: ``"auto"`` starts with the whole batch; a number starts there. It only
-            shrinks, and the next call starts where the last one ended.
+        microbatch_size: ``"auto"`` starts with the whole batch; a number starts there. The next
+            call starts where the last one ended.
         reduction: ``"mean"`` if the loss is a mean over samples or tokens, or ``"sum"``.
         count: With ``reduction="mean"``: what the mean of a microbatch is taken over, as
             ``count(inputs, targets)``, if that is not its samples; for instance the target tokens
@@ -107,6 +110,17 @@ class AccumulatedBackward:
             microbatch is still normalized by its own statistics, so gradients, and the values
             that reach a BatchNorm behind another one, are not those of the whole batch;
             `convert_batch_norm` takes BatchNorm out altogether.
+        microbatch_tokens: For samples that vary in length: the most elements that a microbatch may
+            hold, its samples times the longest of them, instead of a number of samples. Samples
+            of like length go together, the microbatch with the most elements runs first, and what
+            runs out of memory is halved. A longer sample runs alone.
+        lengths: The length of each sample, as ``lengths(inputs, targets)``, for
+            ``microbatch_tokens``; None takes the ``count`` of each sample.
+        trim: Cuts the padding of a microbatch off, as ``trim(inputs, targets, longest)``, which
+            returns both; None leaves that to the model and the loss.
+        regrow_after: Calls without a failure before a microbatch that has shrunk is tried at twice
+            its size, up to where it started; a try that fails is undone and doubles the wait. None
+            never tries.
 
     Attributes:
         lost: What running out of memory has cost in all calls together.
@@ -126,28 +140,41 @@ class AccumulatedBackward:
         *,
         microbatch_size: int | Literal["auto"] = "auto",
         reduction: Literal["mean", "sum"] = "mean",
-        count: Callable[[Any, Any], int | torch.Tensor] | None = None,
+        count: Count | None = None,
         scaler: torch.amp.GradScaler | None = None,
         autocast_dtype: torch.dtype | None = None,
         batch_norm: Literal["microbatch", "exact"] = "microbatch",
+        microbatch_tokens: int | None = None,
+        lengths: Lengths | None = None,
+        trim: Trim | None = None,
+        regrow_after: int | None = 64,
     ) -> None:
         if microbatch_size != "auto" and microbatch_size < 1:
             raise ValueError(
                 f"microbatch_size={microbatch_size}; must be at least 1, or 'auto' to find it."
             )
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction={reduction!r}; must be 'mean' or 'sum'.")
-        if reduction == "sum" and count is not None:
-            raise ValueError("count is for reduction='mean' only; a sum needs no weights.")
+        if microbatch_size != "auto" and microbatch_tokens is not None:
+            raise ValueError(
+                f"microbatch_size={microbatch_size} and microbatch_tokens={microbatch_tokens}; "
+                "give one of them."
+            )
         if batch_norm not in ("microbatch", "exact"):
             raise ValueError(f"batch_norm={batch_norm!r}; must be 'microbatch' or 'exact'.")
+        if regrow_after is not None and regrow_after < 1:
+            raise ValueError(f"regrow_after={regrow_after}; must be at least 1, or None for never.")
         self.lost = Lost()
         self._modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
         self._model = model
         self._loss_fn = loss_fn
-        self._limit = None if microbatch_size == "auto" else microbatch_size
-        self._reduction = reduction
-        self._count = count
+        self._cutting = Cutting(
+            reduction=reduction,
+            count=count,
+            microbatch_tokens=microbatch_tokens,
+            lengths=lengths,
+            trim=trim,
+        )
+        most = microbatch_tokens if microbatch_size == "auto" else microbatch_size
+        self._limit = MicrobatchLimit(most, regrow_after=regrow_after)
         self._scaler = scaler
         self._autocast_dtype = autocast_dtype
         self._exact_batch_norm = batch_norm == "exact"
@@ -163,7 +190,12 @@ class AccumulatedBackward:
     @property
     def microbatch_size(self) -> int | None:
         """Most samples that the next call puts into a microbatch; None is the whole batch."""
-        return self._limit
+        return None if self._cutting.microbatch_tokens is not None else self._limit.value
+
+    @property
+    def microbatch_tokens(self) -> int | None:
+        """Most elements that the next call puts into a microbatch; None without such a budget."""
+        return None if self._cutting.microbatch_tokens is None else self._limit.value
 
     def __call__(self, inputs: Any, targets: Any = None) -> BackwardResult:
         """Adds the gradient of the whole batch to ``.grad``.
@@ -180,17 +212,19 @@ class AccumulatedBackward:
             TypeError: The batch holds something that cannot be cut into microbatches.
         """
         batch = (inputs, targets)
-        plan = AccumulationPlan(n := batch_length(batch), min(self._limit or n, n))
-        tried = [plan.microbatch_size]
+        cut = self._cutting.plans(batch)
+        plan = self._limit.plan(cut)
+        tried = [plan.largest]
         while True:
             if plan.accumulation_steps > 1 and not self._warned:
                 self._warn(plan)
             began = time.perf_counter()
             outcome = self._attempt(plan, batch)
             if isinstance(outcome, torch.Tensor):
+                self._limit.succeeded(plan)
                 return BackwardResult(
                     loss=outcome,
-                    batch_size=n,
+                    batch_size=plan.batch_size,
                     microbatch_size=plan.microbatch_size,
                     accumulation_steps=plan.accumulation_steps,
                     sizes_tried=tuple(tried),
@@ -200,13 +234,13 @@ class AccumulatedBackward:
             if give_up_onednn(outcome):
                 continue
             if plan.microbatch_size == 1 or not outcome.retryable:
-                raise _does_not_fit(outcome, tried)
-            plan = plan.halved()
-            self._limit = plan.microbatch_limit
-            tried.append(plan.microbatch_size)
-            _logger.info("out of memory at %d samples; now %d", tried[-2], tried[-1])
+                raise does_not_fit(outcome, tried, self._cutting.setting)
+            plan = self._limit.failed(plan, cut)
+            tried.append(plan.largest)
+            setting = self._cutting.setting
+            _logger.info("out of memory at %s=%d; now %d", setting, tried[-2], tried[-1])
 
-    def _warn(self, plan: AccumulationPlan) -> None:
+    def _warn(self, plan: Plan) -> None:
         self._warned = True
         if splits_batch_norm(self._modules):
             warnings.warn(
@@ -217,7 +251,7 @@ class AccumulatedBackward:
                 stacklevel=3,
             )
 
-    def _attempt(self, plan: AccumulationPlan, batch: Batch) -> torch.Tensor | OutOfMemory:
+    def _attempt(self, plan: Plan, batch: Batch) -> torch.Tensor | OutOfMemory:
         """The loss of the batch, or what ran out; then nothing is left of the attempt."""
         before = None
         try:
@@ -232,7 +266,7 @@ class AccumulatedBackward:
             failed = error
         # Outside the except block: inside, its traceback would keep the activations alive.
         verdict = classify(failed)
-        if verdict is None and plan.accumulation_steps > 1 and _needs_two_samples(failed):
+        if verdict is None and plan.accumulation_steps > 1 and needs_two_samples(failed):
             verdict = OutOfMemory("batch normalization", None, False, str(failed))
         if verdict is not None:
             release(failed)
@@ -242,37 +276,26 @@ class AccumulatedBackward:
             raise failed
         return verdict
 
-    def _run(self, plan: AccumulationPlan, batch: Batch) -> torch.Tensor:
+    def _run(self, plan: Plan, batch: Batch) -> torch.Tensor:
+        microbatches = self._cutting.microbatches(plan, batch)
         if plan.accumulation_steps == 1:
-            if self._count is not None:
-                self._weights([batch], plan)  # refuses a batch without any target
-            return self._accumulated(batch, 1.0)
+            return self._accumulated(*microbatches[0])
         total: torch.Tensor | None = None
         statistics = WholeBatchStatistics(self._modules if self._exact_batch_norm else ())
-        microbatches = [take(batch, part) for part in plan.slices]  # views, not copies
-        for weight, part in zip(self._weights(microbatches, plan), microbatches, strict=True):
-            if weight == 0:  # the mean over nothing is NaN, and would spoil the sum
-                continue
+        for weight, part in microbatches:
             with statistics.microbatch():
-                loss = self._accumulated(part, weight)
+                loss = self._accumulated(weight, part)
             total = loss if total is None else total + loss
         statistics.write()
         assert total is not None  # there is at least one target
         return total
 
-    def _accumulated(self, part: Batch, weight: float) -> torch.Tensor:
+    def _accumulated(self, weight: float, part: Batch) -> torch.Tensor:
         loss = self._loss(part)
         if weight != 1.0:
             loss = loss * weight
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
         return loss.detach()
-
-    def _weights(self, microbatches: list[Batch], plan: AccumulationPlan) -> Sequence[float]:
-        if self._reduction == "sum":
-            return (1.0,) * len(microbatches)
-        if self._count is None:
-            return weights(plan.sizes)
-        return weights([float(self._count(*microbatch)) for microbatch in microbatches])
 
     def _loss(self, part: Batch) -> torch.Tensor:
         inputs, targets = part if self._device is None else moved(part, self._device)
@@ -280,24 +303,3 @@ class AccumulatedBackward:
             return self._loss_fn(call_model(self._model, inputs), targets)
         with torch.autocast(next(self._model.parameters()).device.type, dtype=self._autocast_dtype):
             return self._loss_fn(call_model(self._model, inputs), targets)
-
-
-def _needs_two_samples(error: BaseException) -> bool:
-    """Whether BatchNorm refuses a microbatch of one sample, which the whole batch was not."""
-    return isinstance(error, ValueError) and "Expected more than 1 value per channel" in str(error)
-
-
-def _does_not_fit(verdict: OutOfMemory, tried: list[int]) -> MicrobatchDoesNotFitError:
-    asked = "" if verdict.bytes_requested is None else f" {verdict.bytes_requested:,} bytes more,"
-    if verdict.kind == "batch normalization":
-        remedy = "it cannot take a single sample: use convert_batch_norm(model), or more memory"
-    elif verdict.retryable:
-        remedy = "use a smaller model or shorter samples, or give the training more memory"
-    else:
-        remedy = "the device is unusable after this failure: start the process anew"
-    return MicrobatchDoesNotFitError(
-        f"Out of memory ({verdict.kind}) with microbatch_size={tried[-1]},{asked} "
-        f"after trying {', '.join(map(str, tried))}; {remedy}.",
-        sizes_tried=tried,
-        bytes_requested=verdict.bytes_requested,
-    )

@@ -265,17 +265,21 @@ class TrainingRun:
         self.warmup = self._warmup()
         # Of a budget in seconds the first step is not known; it is taken for the whole warmup.
         self._step_progress = 1.0 / self._total if self._total else self.warmup
-        self._backward = AccumulatedBackward(
-            self._model,
-            self._task.loss,
-            microbatch_size=self.microbatch_size,
-            count=self._task.count,
-        )
+        self._backward = self._make_backward()
         pieces = max(2 * self.microbatch_size, SMALLEST_EVALUATION_BATCH)
         if self._settings.evaluation_batch_size is not None:
             pieces = max(1, min(pieces, self._settings.evaluation_batch_size))
         self._evaluation = Evaluation(self._task, batch_size=pieces)
         self._losses = [self._backward.lost, self._guarded_step.lost, self._evaluation.lost]
+
+    def _make_backward(self) -> AccumulatedBackward:
+        return AccumulatedBackward(
+            self._model,
+            self._task.loss,
+            microbatch_size=self.microbatch_size,
+            count=self._task.count,
+            batch_norm=self._task.batch_norm,
+        )
 
     def _warmup(self) -> float:
         if self._total is None:
@@ -323,6 +327,9 @@ class TrainingRun:
             raise
         self.failed_sizes += result.sizes_tried[:-1]
         self.microbatch_size = result.microbatch_size
+        if self.steps == 0 and result.backoffs:
+            # What has never run here does not fit; only what has run may grow back to that.
+            self._backward = self._make_backward()
         return result.loss
 
     def _check_lost(self) -> None:

@@ -59,6 +59,11 @@ def splits_batch_norm(modules: Sequence[nn.Module]) -> bool:
     )
 
 
+def needs_two_samples(error: BaseException) -> bool:
+    """Whether BatchNorm refuses a microbatch of one sample, which the whole batch was not."""
+    return isinstance(error, ValueError) and "Expected more than 1 value per channel" in str(error)
+
+
 class WholeBatchStatistics:
     """Running statistics of BatchNorm as one update by the whole batch would leave them.
 

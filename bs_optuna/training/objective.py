@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import optuna
 import torch
@@ -34,6 +35,7 @@ from bs_optuna.training.oom import release
 from bs_optuna.training.random_states import private_random_state
 from bs_optuna.training.starting_sizes import StartingSizes
 from bs_optuna.training.task import TrainingTask
+from bs_optuna.training.throughput import Throughput
 
 
 # Samples of the step that is run before any limit is in force. Two, because BatchNorm cannot take
@@ -57,7 +59,8 @@ class TrainingObjective:
         budget: What every trial gets.
         batch_size: Smallest and largest batch size to search.
         learning_rate: Smallest and largest peak learning rate to search.
-        microbatch_size: Largest microbatch to use; None finds it.
+        microbatch_size: Largest microbatch to use; None is the largest that fits, and ``"fastest"``
+            the smallest within 3 % of the best throughput, measured before the first trial.
         memory_limit: Bytes that training may hold, None for what the device has.
         oom_budget: Largest part of a trial's time that may be lost to running out of memory, beyond
             the search for a size; a trial that loses more is pruned.
@@ -78,7 +81,7 @@ class TrainingObjective:
         budget: Budget,
         batch_size: tuple[int, int] = (16, 512),
         learning_rate: tuple[float, float] = (1e-5, 1e-1),
-        microbatch_size: int | None = None,
+        microbatch_size: int | Literal["fastest"] | None = None,
         memory_limit: int | None = None,
         oom_budget: float = OOM_BUDGET,
         device: torch.device | None = None,
@@ -204,11 +207,14 @@ class TrainingObjective:
         attempt: Attempt | None = None,
         backed_off: Callable[[TrainingRun], None] = lambda run: None,
     ) -> TrainingRun:
-        most = min(batch_size, self._microbatch_size or batch_size)
-        if attempt is not None:
-            most = attempt.most(most)
         with private_random_state(self.device):
             predicted = self._starting_sizes.predicted
+            largest = self._microbatch_size
+            if largest == "fastest":
+                largest = self._starting_sizes.measure(known.microbatch).smallest_fast
+        most = min(batch_size, largest or batch_size)
+        if attempt is not None:
+            most = attempt.most(most)
         settings = RunSettings(
             batch_size=batch_size,
             learning_rate=learning_rate,
@@ -248,7 +254,8 @@ class TrainingObjective:
         reason: str | None,
         attempt: Attempt,
     ) -> None:
-        stored: dict[str, float | str | None] = {
+        measured = self._starting_sizes.measured or Throughput()
+        stored: dict[str, object] = {
             attributes.LEARNING_RATE: learning_rate,
             attributes.EFFECTIVE_BATCH_SIZE: run.batch_size,
             attributes.MICROBATCH_SIZE: run.microbatch_size,
@@ -262,10 +269,13 @@ class TrainingObjective:
             attributes.DEVICE: str(self.device),
             attributes.OOM_ATTEMPTS: run.lost.attempts or None,
             attributes.OOM_SECONDS: run.lost.seconds or None,
+            attributes.THROUGHPUT: list(measured.rates.items()) or None,
             attributes.PRUNE_REASON: reason,
         }
-        killed = attempt.failed_sizes(fits=run.fits)
-        stored |= learned(run, self._memory_key, killed=killed)
+        elsewhere = attempt.failed_sizes(fits=run.fits)
+        if measured.fails is not None:
+            elsewhere.append(measured.fails)
+        stored |= learned(run, self._memory_key, elsewhere=elsewhere)
         stored |= {f"{attributes.VALID_PREFIX}{k}": mean for k, mean in run.values.items()}
         _set(trial, stored)
         mark_memory(trial, fits=not (reason or "").startswith("memory"))
@@ -291,7 +301,7 @@ class TrainingObjective:
                 pass
 
 
-def _set(trial: optuna.Trial, stored: Mapping[str, float | str | None]) -> None:
+def _set(trial: optuna.Trial, stored: Mapping[str, object]) -> None:
     for key, value in stored.items():
         if value is not None:
             trial.set_user_attr(key, value)

@@ -230,3 +230,26 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         waiting += [member.__cause__, member.__context__]
         if isinstance(member, BaseExceptionGroup):
             waiting += member.exceptions
+
+
+def does_not_fit(verdict: OutOfMemory, tried: list[int], setting: str) -> MicrobatchDoesNotFitError:
+    """The error for a single sample that does not fit.
+
+    Args:
+        verdict: On the last attempt.
+        tried: What the largest microbatch of each attempt held.
+        setting: The name of what limits a microbatch.
+    """
+    asked = "" if verdict.bytes_requested is None else f" {verdict.bytes_requested:,} bytes more,"
+    if verdict.kind == "batch normalization":
+        remedy = "it cannot take a single sample: use convert_batch_norm(model), or more memory"
+    elif verdict.retryable:
+        remedy = "use a smaller model or shorter samples, or give the training more memory"
+    else:
+        remedy = "the device is unusable after this failure: start the process anew"
+    return MicrobatchDoesNotFitError(
+        f"Out of memory ({verdict.kind}) with {setting}={tried[-1]},{asked} "
+        f"after trying {', '.join(map(str, tried))}; {remedy}.",
+        sizes_tried=tried,
+        bytes_requested=verdict.bytes_requested,
+    )

@@ -11,10 +11,13 @@ from functools import cached_property
 import torch
 
 from bs_optuna.errors import UntraceableError
+from bs_optuna.science.memory import MicrobatchBounds
 from bs_optuna.training.loop import SMALLEST_EVALUATION_BATCH
 from bs_optuna.training.memory_limit import MemoryLimit
 from bs_optuna.training.memory_probe import MemoryProbe
 from bs_optuna.training.task import TrainingTask
+from bs_optuna.training.throughput import Throughput
+from bs_optuna.training.throughput import measure_throughput
 
 
 _logger = logging.getLogger(__name__)
@@ -34,7 +37,7 @@ class FittingSizes:
 
 
 class StartingSizes:
-    """Predicts the largest sizes that fit, once, when they are first asked for.
+    """Predicts the largest sizes that fit, and measures which is fastest, once, when first asked.
 
     Args:
         task: What is trained.
@@ -42,6 +45,9 @@ class StartingSizes:
         limit: What it may use there.
         batch_size: The largest batch. A smaller one leaves more room beside it, so that what is
             predicted for the largest holds for all.
+
+    Attributes:
+        measured: The throughput of microbatches; None before ``measure``.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class StartingSizes:
         self._device = device
         self._limit = limit
         self._batch_size = batch_size
+        self.measured: Throughput | None = None
 
     @cached_property
     def predicted(self) -> FittingSizes:
@@ -68,6 +75,23 @@ class StartingSizes:
         except UntraceableError as error:
             _logger.info("%s", error)
             return FittingSizes(microbatch)
+
+    def measure(self, known: MicrobatchBounds) -> Throughput:
+        """What microbatches of each size get done, up to the largest that may fit.
+
+        Args:
+            known: Which ones other trials have seen to fit.
+        """
+        if self.measured is None:
+            most = known.start(self._batch_size, predicted=self.predicted.microbatch)
+            self.measured = measure_throughput(
+                self._task,
+                device=self._device,
+                limit=self._limit,
+                batch_size=self._batch_size,
+                most=most,
+            )
+        return self.measured
 
 
 def available_bytes(device: torch.device, limit_bytes: int | None) -> int | None:

@@ -40,11 +40,14 @@ class TrainingTask:
         objective: What trials are compared by: ``"loss"`` or the name of a metric.
         direction: ``"minimize"`` or ``"maximize"``.
         count: What the means are taken over, as ``count(inputs, targets)``, if not the samples.
+        batch_norm: ``"exact"`` keeps the running statistics of BatchNorm those of the whole batch
+            when memory splits it; see `AccumulatedBackward`.
         name: Names the study and its file; the command line takes the name of the task's file
             or module where it is left out.
 
     Raises:
-        TaskError: Data of another kind, an unknown optimizer, or an objective that is no metric.
+        TaskError: Data of another kind, an unknown optimizer, an objective that is no metric, or
+            another ``batch_norm``.
     """
 
     model: Callable[[], nn.Module]
@@ -57,6 +60,7 @@ class TrainingTask:
     objective: str = "loss"
     direction: Literal["minimize", "maximize"] = "minimize"
     count: Callable[[Any, Any], int | torch.Tensor] | None = None
+    batch_norm: Literal["microbatch", "exact"] = "microbatch"
     name: str = UNNAMED
 
     def __post_init__(self) -> None:
@@ -68,6 +72,8 @@ class TrainingTask:
             raise TaskError(f"objective={self.objective!r}; must be one of {', '.join(known)}.")
         if self.direction not in ("minimize", "maximize"):
             raise TaskError(f"direction={self.direction!r}; must be 'minimize' or 'maximize'.")
+        if self.batch_norm not in ("microbatch", "exact"):
+            raise TaskError(f"batch_norm={self.batch_norm!r}; must be 'microbatch' or 'exact'.")
 
     @property
     def train_samples(self) -> int:

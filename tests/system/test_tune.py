@@ -15,6 +15,7 @@ import pytest
 from optuna.trial import TrialState
 
 from bs_optuna.sampling import attributes
+from bs_optuna.science.throughput import smallest_fast
 from bs_optuna.study import open_study
 
 
@@ -234,6 +235,19 @@ def test_two_workers_search_for_what_fits_once(tmp_path: Path, model: str) -> No
     attempts = sum(t.user_attrs.get(attributes.OOM_ATTEMPTS, 0) for t in found)
     smallest = min(t.user_attrs[attributes.MICROBATCH_SIZE] for t in found)
     assert attempts <= (1 if model == "traced" else math.log2(512 / smallest) + 1)
+
+
+@pytest.mark.slow
+def test_the_fastest_microbatch_is_measured_and_used(tmp_path: Path) -> None:
+    arguments = ("--trials", "2", "--batch-size", "64:128", "--microbatch-size", "fastest")
+    done = tune(tmp_path, *arguments, *SHORT)
+    assert done.returncode == 0, done.stderr
+    for trial in trials(tmp_path, "digits"):
+        rates = dict(trial.user_attrs[attributes.THROUGHPUT])
+        assert list(rates) == [2, 4, 8, 16, 32, 64, 128]
+        most = smallest_fast(rates)
+        assert most / 2 < trial.user_attrs[attributes.MICROBATCH_SIZE] <= most
+        assert trial.user_attrs[attributes.BACKOFFS] == 0
 
 
 @pytest.mark.slow

@@ -349,6 +349,25 @@ def test_backing_off_halves_until_it_fits_and_stays_there() -> None:
     assert backward.microbatch_size == 3
 
 
+def test_it_grows_back_to_where_it_started_when_the_spike_has_passed() -> None:
+    model = Hungry(fits=3)
+    backward = AccumulatedBackward(
+        model, nn.functional.cross_entropy, microbatch_size=8, regrow_after=2
+    )
+    assert backward(*images()).sizes_tried == (6, 3)
+    assert [backward(*images()).sizes_tried for _ in range(3)] == [(3,), (6, 3), (3,)]
+    model.fits = 100
+    assert [backward(*images()).sizes_tried for _ in range(9)] == [(3,)] * 2 + [(6,)] * 7
+
+
+def test_it_stays_small_where_it_was_told_to() -> None:
+    model = Hungry(fits=3)
+    backward = AccumulatedBackward(model, nn.functional.cross_entropy, regrow_after=None)
+    backward(*images())
+    model.fits = 100
+    assert {backward(*images()).microbatch_size for _ in range(100)} == {3}
+
+
 def test_one_sample_that_does_not_fit_is_an_error_that_leaves_no_trace() -> None:
     model = Hungry(fits=0)
     for p in model.parameters():
@@ -396,6 +415,7 @@ def test_what_cannot_be_split_is_refused(
     [
         ({"microbatch_size": 0}, "microbatch_size=0; must be at least 1"),
         ({"reduction": "max"}, "reduction='max'; must be 'mean' or 'sum'"),
+        ({"regrow_after": 0}, "regrow_after=0; must be at least 1, or None for never"),
         ({"reduction": "sum", "count": lambda i, t: 1}, "a sum needs no weights"),
     ],
 )

@@ -83,6 +83,7 @@ def test_a_tensor_data_set_is_taken_as_its_tensors() -> None:
         ({"valid_data": Squares(0)}, "valid_data holds no samples"),
         ({"optimizer": "adam"}, "optimizer='adam'; must be one of adamw, sgd"),
         ({"objective": "accuracy"}, "objective='accuracy'; must be one of loss"),
+        ({"batch_norm": "whole"}, "batch_norm='whole'; must be 'microbatch' or 'exact'"),
         ({"direction": "up"}, "direction='up'; must be 'minimize' or 'maximize'"),
     ],
 )

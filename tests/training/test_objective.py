@@ -224,6 +224,25 @@ def test_batch_norm_that_gets_a_single_sample_prunes(study: optuna.Study) -> Non
     assert "batch normalization" in trial.user_attrs[attributes.PRUNE_REASON]
 
 
+def test_exact_batch_norm_reaches_a_trial(study: optuna.Study) -> None:
+    made: list[nn.Module] = []
+
+    def model() -> nn.Module:
+        made.append(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)))
+        return made[-1]
+
+    task = make_task(model=model, batch_norm="exact")
+    trained = []
+    for microbatch_size in (32, 5):
+        objective = make_objective(task, budget=Budget("steps", 6), microbatch_size=microbatch_size)
+        objective.confirm(32, 0.1, seed=3, study=study)
+        trained.append(made[-1].get_submodule("0"))
+    whole, split = trained
+    assert split.num_batches_tracked == 6
+    torch.testing.assert_close(split.running_mean, whole.running_mean)
+    torch.testing.assert_close(split.running_var, whole.running_var)
+
+
 def test_an_enqueued_batch_beyond_the_data_is_refused(study: optuna.Study) -> None:
     study.enqueue_trial({"batch_size": 129, "lr": 0.1})
     with (
@@ -287,6 +306,33 @@ def test_a_trial_starts_where_the_last_one_ended(study: optuna.Study) -> None:
     assert second.user_attrs[attributes.BACKOFFS] == 0
     assert max(Limited.seen) == 8
     assert attributes.OOM_ATTEMPTS not in second.user_attrs
+
+
+def test_what_failed_in_a_study_is_not_tried_again_in_it(study: optuna.Study) -> None:
+    objective = make_objective(make_task(fits=5), budget=Budget("steps", 200))
+    for failures in (3, 0):  # 32, 16 and 8, and never again
+        trial = run_trial(objective, study, batch_size=32, lr=0.1)
+        assert trial.user_attrs[attributes.BACKOFFS] == failures
+        assert trial.user_attrs[attributes.STEPS] == 200
+
+
+def test_a_spike_that_passes_costs_a_study_nothing_for_good(study: optuna.Study) -> None:
+    class Shared(Limited):
+        """Another tenant takes the memory away while a hundred samples or so are seen."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.fits = 10 if 1000 < sum(self.seen) < 1100 else 10**9
+            return super().forward(x)
+
+    task = make_task(model=lambda: Shared(0))
+    objective = make_objective(task, budget=Budget("steps", 300))
+    Limited.seen.clear()
+    trial = run_trial(objective, study, batch_size=32, lr=0.1)
+    assert trial.user_attrs[attributes.BACKOFFS] >= 1
+    assert trial.user_attrs[attributes.MICROBATCH_SIZE] == 32
+    trial = run_trial(objective, study, batch_size=32, lr=0.1)
+    assert trial.user_attrs[attributes.BACKOFFS] == 0
+    assert trial.user_attrs[attributes.MICROBATCH_SIZE] == 32
 
 
 def test_another_model_does_not_inherit_the_microbatch(study: optuna.Study) -> None:

@@ -1,0 +1,182 @@
+"""A budget of elements: the gradient of the whole batch, the worst microbatch first."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from children import run_limited
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import nn
+
+from bs_optuna.errors import MicrobatchDoesNotFitError
+from bs_optuna.training import AccumulatedBackward
+
+
+PADDING = 0
+LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=20)
+
+
+class Tagger(nn.Module):
+    """Tags each token of a text, by that and those around it; memory for ``fits`` of them."""
+
+    def __init__(self, fits: int = 10**9) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(20, 6, padding_idx=PADDING)
+        self.mix = nn.Conv1d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 4)
+        self.fits = fits
+        self.seen: list[tuple[int, int]] = []
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.seen.append((tokens.shape[0], tokens.shape[1]))
+        if tokens.numel() > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        around = self.mix(self.embedding(tokens).transpose(1, 2)).transpose(1, 2)
+        outputs: torch.Tensor = self.head(torch.tanh(around))
+        return outputs
+
+
+def loss_fn(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(
+        outputs.flatten(0, 1), targets.flatten(), ignore_index=PADDING
+    )
+
+
+def count(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (targets != PADDING).sum()
+
+
+def lengths_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (inputs != PADDING).sum(1)
+
+
+def trim(inputs: torch.Tensor, targets: torch.Tensor, longest: int) -> Any:
+    return inputs[:, :longest], targets[:, :longest]
+
+
+def texts(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shape = (len(lengths), 12)
+    real = torch.arange(12) < torch.tensor(lengths)[:, None]
+    inputs = torch.randint(1, 20, shape, generator=generator) * real
+    return inputs, torch.randint(1, 4, shape, generator=generator) * real
+
+
+def gradient(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths=LENGTHS, tokens=st.integers(1, 200), told=st.booleans(), trims=st.booleans())
+def test_any_budget_gives_the_gradient_of_the_whole_batch(
+    lengths: list[int], tokens: int, told: bool, trims: bool
+) -> None:
+    batch = texts(lengths)
+    model = Tagger().double()
+    loss = loss_fn(model(batch[0]), batch[1])
+    loss.backward()
+    expected = gradient(model)
+    model.zero_grad()
+    model.seen.clear()
+    backward = AccumulatedBackward(
+        model,
+        loss_fn,
+        count=count,
+        microbatch_tokens=tokens,
+        lengths=lengths_of if told else None,
+        trim=trim if trims else None,
+    )
+    result = backward(*batch)
+    assert (gradient(model) - expected).norm() <= 1e-12 * expected.norm()
+    assert result.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+    assert result.accumulation_steps == len(model.seen)
+    assert result.microbatch_size == max(samples for samples, _ in model.seen)
+    if trims:
+        elements = [samples * longest for samples, longest in model.seen]
+        assert elements[0] == max(elements) == result.sizes_tried[-1]
+        assert all(
+            n <= tokens or seen[0] == 1 for n, seen in zip(elements, model.seen, strict=True)
+        )
+
+
+def test_a_sum_needs_lengths_and_no_count() -> None:
+    batch, model = texts([3, 1, 7]), Tagger().double()
+    sum_loss = lambda outputs, targets: (outputs.sum(-1) * (targets != PADDING)).sum()  # noqa: E731
+    sum_loss(model(batch[0]), batch[1]).backward()
+    expected = gradient(model)
+    model.zero_grad()
+    AccumulatedBackward(
+        model, sum_loss, reduction="sum", microbatch_tokens=7, lengths=lengths_of, trim=trim
+    )(*batch)
+    assert (gradient(model) - expected).norm() <= 1e-12 * expected.norm()
+
+
+def make_backward(model: nn.Module, **changes: Any) -> AccumulatedBackward:
+    arguments: dict[str, Any] = {
+        "count": count, "microbatch_tokens": 64, "lengths": lengths_of, "trim": trim,
+    }  # fmt: skip
+    return AccumulatedBackward(model, loss_fn, **{**arguments, **changes})
+
+
+def test_the_worst_microbatch_fails_first_and_the_budget_is_halved_and_grows_back() -> None:
+    batch = texts([2, 12, 3, 2, 11, 1, 2])
+    model = Tagger(fits=20)
+    backward = make_backward(model, regrow_after=2)
+    result = backward(*batch)
+    assert model.seen == [(5, 12), (2, 12), (1, 12), (4, 3), (1, 11), (1, 1)]
+    assert result.sizes_tried == (60, 24, 12)
+    assert (backward.microbatch_tokens, backward.microbatch_size) == (12, None)
+    expected = gradient(model)
+    model.zero_grad()
+    make_backward(model, microbatch_tokens=12)(*batch)
+    assert torch.equal(gradient(model), expected)
+    model.fits = 100  # 24 elements make two microbatches, and so would the budget of 64
+    assert [backward(*batch).sizes_tried for _ in range(4)] == [(12,)] + [(24,)] * 3
+
+
+def test_a_sample_that_does_not_fit_alone_is_an_error_that_names_the_budget() -> None:
+    model = Tagger(fits=11)
+    with pytest.raises(MicrobatchDoesNotFitError, match="with microbatch_tokens=12,"):
+        make_backward(model)(*texts([2, 12, 3]))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"microbatch_tokens": 0}, "microbatch_tokens=0; must be at least 1"),
+        ({"microbatch_size": 4}, "microbatch_size=4 and microbatch_tokens=64; give one of them"),
+        ({"microbatch_tokens": None}, "lengths and trim are for a budget only"),
+        ({"lengths": None, "count": None}, "microbatch_tokens=64; needs lengths, or count"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_backward(Tagger(), **changes)
+
+
+def test_lengths_of_something_else_are_refused() -> None:
+    with pytest.raises(ValueError, match="lengths gave 2 numbers for 3 samples; must be one of"):
+        make_backward(Tagger(), lengths=lambda inputs, targets: [1, 2])(*texts([2, 12, 3]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot limit a CPU's memory")
+def test_the_longest_text_of_an_epoch_fails_nothing_under_a_real_limit() -> None:
+    found = run_limited(Path(__file__).with_name("real_tokens.py"))
+    assert not any(found["tokens"]["failed"])
+    assert max(found["tokens"]["ran"]) == 4096
+    # A number of samples that was right for four batches is wrong for the fifth.
+    assert [bool(failed) for failed in found["samples"]["failed"]] == [False] * 4 + [True, False]
+    halved = found["too many tokens"]["failed"][4]
+    assert halved == [65536 // 2**k for k in range(len(halved))]
+    assert found["too many tokens"]["ran"][4] == halved[-1] // 2
