@@ -176,7 +176,7 @@ def _run(config: StudyConfig, arguments: list[str], verbosity: Verbosity) -> int
 
 def _search(tuning: Tuning, config: StudyConfig, console: Console, verbosity: Verbosity) -> None:
     from bs_optuna.report.progress import TrialProgress
-    from bs_optuna.study.workers import checkpoint_folder
+    from bs_optuna.study.checkpoints import checkpoint_folder
     from bs_optuna.study.workers import run_in_workers
     from bs_optuna.worker import work
 
@@ -193,7 +193,7 @@ def _search(tuning: Tuning, config: StudyConfig, console: Console, verbosity: Ve
         if config.worker_processes == 0:
             tuning.run(timeout=config.timeout, started=progress.started, ended=progress.ended)
             return
-        with checkpoint_folder(tuning) as folder:
+        with checkpoint_folder(tuning.study, tuning.storage) as folder:
             run_in_workers(
                 tuning,
                 partial(work, config, folder),

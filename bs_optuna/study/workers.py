@@ -6,17 +6,12 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import optuna
 from optuna.trial import BaseTrial
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
@@ -24,13 +19,11 @@ from optuna.trial import TrialState
 from bs_optuna.errors import EXIT_INTERRUPTED
 from bs_optuna.errors import WorkerError
 from bs_optuna.sampling import attributes
-from bs_optuna.study.storage import storage_file
 from bs_optuna.study.tuning import Ended
 from bs_optuna.study.tuning import Tuning
 from bs_optuna.study.tuning import nothing_fits
 from bs_optuna.training.attempt import after_death
 from bs_optuna.training.attempt import inherited
-from bs_optuna.training.checkpoint import CheckpointFile
 
 
 # So many workers in a row that die before their trial: no other one will get there.
@@ -73,37 +66,6 @@ def run_in_workers(
         crew.run()
     finally:
         crew.dismiss()
-
-
-@contextmanager
-def checkpoint_folder(tuning: Tuning) -> Iterator[Path]:
-    """A folder for the state of running trials: beside the study's file, or a temporary one.
-
-    Raises:
-        ConfigError: The study is in the memory of this process.
-    """
-    file = storage_file(tuning.storage)
-    if file is None:
-        with TemporaryDirectory(prefix="bs_optuna-") as temporary:
-            yield Path(temporary)
-        return
-    folder = file.with_name(f"{file.name}.checkpoints")
-    try:
-        yield folder
-    finally:
-        for name in _left_over(tuning.study):
-            CheckpointFile(folder / name).remove()
-        with suppress(OSError):  # there is none, or one with those of other studies
-            folder.rmdir()
-
-
-def _left_over(study: optuna.Study) -> set[str]:
-    """Checkpoints of trials that ended without a word and are not queued again."""
-    names: dict[bool, set[str]] = {True: set(), False: set()}
-    for trial in study.get_trials(deepcopy=False):
-        if attributes.CHECKPOINT in trial.user_attrs:
-            names[trial.state.is_finished()].add(trial.user_attrs[attributes.CHECKPOINT])
-    return names[True] - names[False]
 
 
 @dataclass(eq=False)

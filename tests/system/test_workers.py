@@ -192,14 +192,6 @@ def test_interrupting_workers_queues_what_they_run(tmp_path: Path, to_all: bool)
     assert not [t for t in cut if t.state == TrialState.RUNNING]
     assert nothing_is_left(tmp_path)
 
-    target = len(finished(cut)) + 2
-    again = tune(tmp_path, *arguments[:3], "--trials", str(target), *SHORT)
-    assert again.returncode == 0, again.stderr
-    after = trials(tmp_path)
-    assert len(finished(after)) == target
-    done = [t.params for t in finished(after)]
-    assert all(done.count(t.params) == 1 for t in lost)
-
 
 @pytest.mark.slow
 def test_a_worker_does_not_outlive_its_parent_and_its_trial_is_queued(tmp_path: Path) -> None:
