@@ -64,8 +64,7 @@ class Surface(Protocol):
 def _botorch(seed: int, optimizer: str) -> BaseSampler:
     from optuna_integration import BoTorchSampler  # not among the dependencies
 
-    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-        return BoTorchSampler(seed=seed, n_startup_trials=3)
+    return BoTorchSampler(seed=seed, n_startup_trials=3)
 
 
 SOURCES: dict[str, Callable[[], list[Surface]]] = {
@@ -219,6 +218,8 @@ def main() -> None:
     parser.add_argument("--ridge", action="store_true", help="recommend() for batch sizes left out")
     flags = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)
+    warnings.filterwarnings("ignore", module="botorch")
     if flags.ridge:
         ridge()
         return

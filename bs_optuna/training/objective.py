@@ -128,7 +128,7 @@ class TrainingObjective:
                 else:
                     value, reason = self._train(trial, run)
             except DivergedError as error:
-                reason = f"diverged: {error}"
+                reason = f"{attributes.DIVERGED}: {error}"
             except MicrobatchDoesNotFitError as error:
                 reason = f"memory: {error}"
             except Exception as error:
