@@ -61,8 +61,12 @@ class Surface(Protocol):
         """Values at batch sizes and learning rates; several if they were measured several times."""
 
 
+BOTORCH = "botorch, 3 random"
+BOTORCH_NEEDS = ("optuna_integration", "botorch")  # from PyPI; not among the dependencies
+
+
 def _botorch(seed: int, optimizer: str) -> BaseSampler:
-    from optuna_integration import BoTorchSampler  # not among the dependencies
+    from optuna_integration import BoTorchSampler
 
     return BoTorchSampler(seed=seed, n_startup_trials=3)
 
@@ -76,7 +80,7 @@ SAMPLERS: dict[str, Callable[[int, str], BaseSampler]] = {
     "tpe": lambda seed, optimizer: TPESampler(seed=seed),
     "tpe, 3 random": lambda seed, optimizer: TPESampler(seed=seed, n_startup_trials=3),
     "gp, 3 random": lambda seed, optimizer: GPSampler(seed=seed, n_startup_trials=3),
-    "botorch, 3 random": _botorch,
+    BOTORCH: _botorch,
     "cmaes": lambda seed, optimizer: CmaEsSampler(seed=seed, warn_independent_sampling=False),
     "random": lambda seed, optimizer: RandomSampler(seed=seed),
 }
@@ -224,9 +228,9 @@ def main() -> None:
         ridge()
         return
     names = flags.sampler or list(SAMPLERS)
-    if not all(map(importlib.util.find_spec, ("optuna_integration", "botorch"))):
-        names.remove("botorch, 3 random")
-        print("botorch is left out: optuna-integration and botorch are not both installed")
+    if BOTORCH in names and not all(map(importlib.util.find_spec, BOTORCH_NEEDS)):
+        names.remove(BOTORCH)
+        print(f"{BOTORCH} is left out: {' and '.join(BOTORCH_NEEDS)} are not both installed")
     curves = compare(names, flags.runs, flags.trials)
     if flags.plot:
         regret_figure(curves).savefig(flags.plot)

@@ -37,6 +37,9 @@ _DRAWS = 40  # functions for each of the hyper-parameter samples
 _GRID = 121
 # The best learning rate may lie outside the searched range, by this factor at most.
 _BEYOND = 30.0
+# Chance of divergence that a recommended learning rate may have. A run that breaks is lost, one at
+# half the best learning rate hardly worse.
+_ACCEPTED_RISK = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,16 +206,17 @@ class _Answer:
         each counts by the prior of where the best learning rate lies: within a factor of five of
         the ridge, one standard deviation, as for the sampler. Where runs have diverged, the lowest
         point is one below the cliff: no smooth function can follow that, and a diverged run tells
-        nothing else about the function.
+        nothing else about the function. The learning rate keeps a distance from it.
         """
         low, high = self._fit.space.axes[self._lr].bounds
         grid = np.linspace(low - math.log(_BEYOND), high + math.log(_BEYOND), _GRID)
         points = np.repeat(point[None], len(grid), axis=0)
         points[:, self._lr] = grid
-        drawn = self._draws(points)
+        drawn, safe = self._draws(points), math.inf
         if self._cliff is not None:
             limits = self._cliff.draws(float(point[self._b]), self._rng, len(drawn))
             drawn = np.where(grid < limits[:, None], drawn, math.inf)
+            safe = float(np.exp(np.quantile(limits, _ACCEPTED_RISK)))
         lowest = drawn.argmin(1)
         # Anywhere in its cell.
         found = grid[lowest] + (grid[1] - grid[0]) * self._rng.uniform(-0.5, 0.5, len(lowest))
@@ -223,7 +227,7 @@ class _Answer:
         low, middle, high = np.exp(
             np.quantile(found, [0.05, 0.5, 0.95], weights=weights, method="inverted_cdf")
         )
-        return float(middle), (float(low), float(high))
+        return float(max(min(middle, safe), low)), (float(low), float(high))
 
     def _draws(self, coordinates: Array) -> Array:
         return self._fit.posterior.draws(self._fit.points(coordinates), self._rng, _DRAWS)

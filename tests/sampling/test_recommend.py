@@ -69,7 +69,7 @@ def test_a_best_learning_rate_just_below_divergence(batch_size: int) -> None:
     )
     study.optimize(brink)
     advice = recommend(study, batch_size=batch_size, prior="sgd")
-    assert 0.3 < advice.learning_rate < 1.5
+    assert 0.2 < advice.learning_rate < 0.6  # on the safe side, where one run in ten may break
     assert advice.learning_rate_interval[0] < 0.6 < advice.learning_rate_interval[1]
     assert advice.learning_rate_interval[1] < 10.0
     assert advice.trials == len(sizes) * len(rates)
