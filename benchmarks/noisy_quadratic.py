@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy.optimize import minimize
 
 
 DIMENSIONS = 10_000
@@ -46,8 +47,12 @@ class Surface:
     amount: float
 
     @property
-    def stable_below(self) -> float:
-        """Learning rate from which on it diverges; the largest curvature is 1."""
+    def batch_sizes(self) -> tuple[int, int]:
+        """Smallest and largest."""
+        return BATCH_SIZES
+
+    def stable_below(self, batch_size: int) -> float:
+        """Learning rate from which on it diverges at any batch size; the largest curvature is 1."""
         return 2.0
 
     @property
@@ -88,10 +93,33 @@ class Surface:
         sizes = [2**k for k in range(4, 13)]
         return {b: self.best_learning_rate(b) for b in sizes}
 
+    def grids(self) -> list[dict[tuple[int, float], float]]:
+        """Values at the ridge's batch sizes and seven learning rates over the searched range.
+
+        A run that diverges has none (inf), as when a real one ends in NaN.
+        """
+        low, high = self.learning_rates(0)
+        rates = np.exp(np.linspace(math.log(low), math.log(high), 7)).tolist()
+        return [
+            {
+                (b, lr): self.value(b, lr) if lr < self.stable_below(b) else math.inf
+                for b in self.ridge
+                for lr in rates
+            }
+        ]
+
     @cached_property
     def best(self) -> float:
-        """Lowest value."""
-        return min(self.value(b, lr) for b, lr in self.ridge.items())
+        """Lowest value, also between the batch sizes of the ridge."""
+        start = min(self.ridge.items(), key=lambda at: self.value(*at))
+        found = minimize(
+            lambda at: self.value(*np.exp(at)),
+            np.log(start),
+            method="Nelder-Mead",
+            bounds=[tuple(np.log(BATCH_SIZES)), (None, math.log(self.stable_below(start[0])))],
+            options={"xatol": 1e-3, "fatol": 1e-6},
+        )
+        return min(float(found.fun), self.value(*start))
 
     def learning_rates(self, seed: int) -> tuple[float, float]:
         """A range of three decades in which the best is not in the middle, as with real users."""

@@ -1,47 +1,93 @@
-"""Trials to a good batch size and learning rate: CoupledSampler against Optuna's samplers.
+"""Trials to a good batch size and learning rate: CoupledSampler against other samplers.
 
-    python benchmarks/sampler.py --seeds 10 --trials 30
-    python benchmarks/sampler.py --ridge            # recommend() for batch sizes left out
+    OMP_NUM_THREADS=1 python benchmarks/sampler.py --plot regret.png   # a few minutes
+    OMP_NUM_THREADS=1 python benchmarks/sampler.py --ridge    # recommend() for batch sizes left out
 
-On the noisy quadratic model, whose every value is exact. regret(n) = (best of n trials - best of
-the surface) / (median - best); trials: until the regret is at most 0.1, a miss counts as
-ten more than there were.
+On two sources that no setting of the sampler was chosen on: the noisy quadratic model, whose every
+value is exact, and the digits, measured on a grid (`digits_grid.py`). regret(n) = (best of n
+trials - best of the surface) / (median - best), with the standard error over runs; to 0.1: trials
+until the regret is at most 0.1, a miss counts as ten more than there were.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import time
+import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import optuna
-from noisy_quadratic import BATCH_SIZES
-from noisy_quadratic import Surface
+from measured_grid import measured_grids
 from noisy_quadratic import surfaces
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 from optuna.samplers import CmaEsSampler
 from optuna.samplers import GPSampler
 from optuna.samplers import RandomSampler
 from optuna.samplers import TPESampler
+from optuna.trial import TrialState
+from regret_figure import regret_figure
 
 from bs_optuna import CoupledSampler
 from bs_optuna import recommend
 
 
+class Surface(Protocol):
+    """An objective over batch size and learning rate whose best is known."""
+
+    optimizer: str
+    batch_sizes: tuple[int, int]
+    best: float
+    median: float
+    ridge: dict[int, float]
+
+    def learning_rates(self, seed: int) -> tuple[float, float]:
+        """The range that a run with that seed searches."""
+
+    def value(self, batch_size: float, learning_rate: float) -> float:
+        """Lower is better; inf for a run that diverges."""
+
+    def stable_below(self, batch_size: int) -> float:
+        """Learning rate from which on training breaks."""
+
+    def grids(self) -> list[dict[tuple[int, float], float]]:
+        """Values at batch sizes and learning rates; several if they were measured several times."""
+
+
+BOTORCH = "botorch, 3 random"
+BOTORCH_NEEDS = ("optuna_integration", "botorch")  # from PyPI; not among the dependencies
+
+
+def _botorch(seed: int, optimizer: str) -> BaseSampler:
+    from optuna_integration import BoTorchSampler
+
+    return BoTorchSampler(seed=seed, n_startup_trials=3)
+
+
+SOURCES: dict[str, Callable[[], list[Surface]]] = {
+    "noisy quadratic model": lambda: list(surfaces()),
+    "digits": lambda: list(measured_grids()),
+}
 SAMPLERS: dict[str, Callable[[int, str], BaseSampler]] = {
-    "random": lambda seed, optimizer: RandomSampler(seed=seed),
-    "cmaes": lambda seed, optimizer: CmaEsSampler(seed=seed, warn_independent_sampling=False),
+    "coupled": lambda seed, optimizer: CoupledSampler(prior=optimizer, seed=seed),
     "tpe": lambda seed, optimizer: TPESampler(seed=seed),
     "tpe, 3 random": lambda seed, optimizer: TPESampler(seed=seed, n_startup_trials=3),
     "gp, 3 random": lambda seed, optimizer: GPSampler(seed=seed, n_startup_trials=3),
-    "coupled": lambda seed, optimizer: CoupledSampler(prior=optimizer, seed=seed),
+    BOTORCH: _botorch,
+    "cmaes": lambda seed, optimizer: CmaEsSampler(seed=seed, warn_independent_sampling=False),
+    "random": lambda seed, optimizer: RandomSampler(seed=seed),
 }
 THRESHOLD = 0.1
 MARKS = (5, 10, 20, 30)
+# Regret of a run that has seen nothing but divergence; the median cell has 1.
+NOTHING_YET = 2.0
 
 
 def regrets(
@@ -54,31 +100,56 @@ def regrets(
     for _ in range(trials):
         start = time.perf_counter()
         trial = study.ask()
-        batch_size = trial.suggest_int("batch_size", *BATCH_SIZES, log=True)
+        batch_size = trial.suggest_int("batch_size", *surface.batch_sizes, log=True)
         lr = trial.suggest_float("lr", low, high, log=True)
         spent += time.perf_counter() - start
         values.append(surface.value(batch_size, lr))
-        study.tell(trial, values[-1])
+        if math.isfinite(values[-1]):
+            study.tell(trial, values[-1])
+        else:
+            study.tell(trial, state=TrialState.PRUNED)
     best = np.minimum.accumulate(values)
-    return (best - surface.best) / (surface.median - surface.best), spent / trials
+    regret = (best - surface.best) / (surface.median - surface.best)
+    return np.where(np.isfinite(regret), regret, NOTHING_YET), spent / trials
 
 
-def compare(names: list[str], seeds: int, trials: int) -> None:
-    """Print the table."""
-    marks = [n for n in MARKS if n <= trials]
-    print(f"{'sampler':16s}" + "".join(f"r@{n:<6d}" for n in marks) + "trials  ms/ask")
+def compare(names: list[str], runs: int, trials: int) -> dict[str, dict[str, np.ndarray]]:
+    """Print a table for each source and one for all; regrets (runs, trials) by source and name."""
+    curves: dict[str, dict[str, np.ndarray]] = {}
+    for source, load in SOURCES.items():
+        known = load()
+        _heading(f"{source}, {len(known)} surfaces, {runs} runs", trials)
+        curves[source] = {}
+        for name in names:
+            found = []
+            for i in range(runs):
+                surface, seed = known[i % len(known)], i // len(known)
+                found.append(
+                    regrets(surface, SAMPLERS[name](seed, surface.optimizer), seed, trials)
+                )
+            curves[source][name] = np.array([curve for curve, _ in found])
+            _row(name, curves[source][name], f"{1e3 * np.mean([s for _, s in found]):8.1f}")
+    _heading("all", trials)
     for name in names:
-        curves, seconds = [], []
-        for surface in surfaces():
-            for seed in range(seeds):
-                made = SAMPLERS[name](seed, surface.optimizer)
-                curve, spent = regrets(surface, made, seed, trials)
-                curves.append(curve)
-                seconds.append(spent)
-        c = np.array(curves)
-        hit = np.where((c <= THRESHOLD).any(1), (c <= THRESHOLD).argmax(1) + 1, trials + 10)
-        row = "".join(f"{c[:, n - 1].mean():<8.4f}" for n in marks)
-        print(f"{name:16s}{row}{hit.mean():6.1f}{1e3 * np.mean(seconds):8.1f}", flush=True)
+        _row(name, np.concatenate([curves[source][name] for source in SOURCES]), "")
+    return curves
+
+
+def _heading(title: str, trials: int) -> None:
+    marks = "".join(f"r@{n:<12d}" for n in MARKS if n <= trials)
+    print(f"\n{title}\n{'sampler':20s}{marks}to 0.1  ms/ask")
+
+
+def _row(name: str, curves: np.ndarray, milliseconds: str) -> None:
+    trials = curves.shape[1]
+    cells = ""
+    for n in MARKS:
+        if n <= trials:
+            at = curves[:, n - 1]
+            cells += f"{at.mean():.3f} ± {at.std(ddof=1) / math.sqrt(len(at)):.3f} "
+    reached = curves <= THRESHOLD
+    hit = np.where(reached.any(1), reached.argmax(1) + 1, trials + 10)
+    print(f"{name:20s}{cells}{hit.mean():6.1f}{milliseconds}", flush=True)
 
 
 def ridge() -> None:
@@ -87,64 +158,82 @@ def ridge() -> None:
     Where the best one is on the brink of divergence (within a factor of 1.5), a grid cannot show
     it and the answer is lower, on the safe side; such batch sizes are counted apart.
     """
-    found: dict[str, list[tuple[bool, bool]]] = {"interior": [], "edge": [], "brink": []}
-    for surface in surfaces():
-        sizes = list(surface.ridge)
-        for left_out in sizes:
-            advice = recommend(
-                _grid_study(surface, [b for b in sizes if b != left_out]),
-                batch_size=left_out,
-                prior=surface.optimizer,
-            )
-            truth, interval = surface.ridge[left_out], advice.learning_rate_interval
-            close = abs(math.log(advice.learning_rate / truth)) <= math.log(1.5)
-            place = "edge" if left_out in (sizes[0], sizes[-1]) else "interior"
-            if truth * 1.5 > surface.stable_below:
+    for source, load in SOURCES.items():
+        found: dict[str, list[tuple[bool, bool]]] = {"interior": [], "edge": [], "brink": []}
+        for surface in load():
+            for place, *answer in left_out(surface):
+                found[place].append(tuple(answer))
+        print(f"\n{source}")
+        for place, answers in found.items():
+            if answers:
+                close, covered = np.mean(answers, axis=0)
+                print(
+                    f"{place:9s} {len(answers)} batch sizes: within a factor of 1.5 {close:.0%}, "
+                    f"90 % interval covers {covered:.0%}"
+                )
+
+
+def left_out(surface: Surface) -> list[tuple[str, bool, bool]]:
+    """Where each batch size lies, whether its answer is close, whether its interval holds it."""
+    sizes, answers = list(surface.ridge), []
+    for cells in surface.grids():
+        for size, truth in surface.ridge.items():
+            study = _study({at: value for at, value in cells.items() if at[0] != size}, cells)
+            advice = recommend(study, batch_size=size, prior=surface.optimizer)
+            low, high = advice.learning_rate_interval
+            place = "edge" if size in (sizes[0], sizes[-1]) else "interior"
+            if truth * 1.5 > surface.stable_below(size):
                 place = "brink"
-            found[place].append((close, interval[0] <= truth <= interval[1]))
-    for place, answers in found.items():
-        close, covered = np.mean(answers, axis=0)
-        print(
-            f"{place:9s} {len(answers)} batch sizes: within a factor of 1.5 {close:.0%}, "
-            f"90 % interval covers {covered:.0%}"
-        )
+            close = abs(math.log(advice.learning_rate / truth)) <= math.log(1.5)
+            answers.append((place, close, low <= truth <= high))
+    return answers
 
 
-def _grid_study(surface: Surface, batch_sizes: list[int]) -> optuna.Study:
-    low, high = surface.learning_rates(0)
+def _study(
+    cells: dict[tuple[int, float], float], everything: dict[tuple[int, float], float]
+) -> optuna.Study:
+    """A study that tried the cells; the ranges are those of everything."""
+    sizes, rates = zip(*everything, strict=True)
     space = {
-        "batch_size": IntDistribution(*BATCH_SIZES, log=True),
-        "lr": FloatDistribution(low, high, log=True),
+        "batch_size": IntDistribution(min(sizes), max(sizes), log=True),
+        "lr": FloatDistribution(min(rates), max(rates), log=True),
     }
     study = optuna.create_study()
-    for batch_size in batch_sizes:
-        for lr in np.exp(np.linspace(math.log(low), math.log(high), 7)):
-            params = {"batch_size": batch_size, "lr": min(max(float(lr), low), high)}
-            study.add_trial(
-                optuna.create_trial(
-                    params=params, distributions=space, value=surface.value(**_named(params))
-                )
+    for (batch_size, lr), value in cells.items():
+        ended = math.isfinite(value)
+        study.add_trial(
+            optuna.create_trial(
+                params={"batch_size": batch_size, "lr": lr},
+                distributions=space,
+                value=value if ended else None,
+                state=TrialState.COMPLETE if ended else TrialState.PRUNED,
             )
+        )
     return study
-
-
-def _named(params: dict[str, float]) -> dict[str, float]:
-    return {"batch_size": params["batch_size"], "learning_rate": params["lr"]}
 
 
 def main() -> None:
     """Read the flags and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--runs", type=int, default=24, help="for each sampler and source")
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--sampler", action="append", choices=sorted(SAMPLERS))
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="regret against trials")
     parser.add_argument("--ridge", action="store_true", help="recommend() for batch sizes left out")
     flags = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)
+    warnings.filterwarnings("ignore", module="botorch")
     if flags.ridge:
         ridge()
-    else:
-        compare(flags.sampler or list(SAMPLERS), flags.seeds, flags.trials)
+        return
+    names = flags.sampler or list(SAMPLERS)
+    if BOTORCH in names and not all(map(importlib.util.find_spec, BOTORCH_NEEDS)):
+        names.remove(BOTORCH)
+        print(f"{BOTORCH} is left out: {' and '.join(BOTORCH_NEEDS)} are not both installed")
+    curves = compare(names, flags.runs, flags.trials)
+    if flags.plot:
+        regret_figure(curves).savefig(flags.plot)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ SAMPLES = "samples"  # int, training samples seen
 STEPS = "steps"  # int, optimizer steps
 DEVICE = "device"  # str, as torch writes it
 PRUNE_REASON = "prune_reason"  # str, why the trial was pruned or failed
+DIVERGED = "diverged"  # how that begins where training diverged
 VALID_PREFIX = "valid_"  # float each, mean loss and metrics on the validation data
 THROUGHPUT = "microbatch_samples_per_second"  # list of [size, float], how "fastest" was chosen
 NOISE_SCALE = "gradient_noise_scale"  # float, measured B_simple in samples

@@ -92,12 +92,13 @@ def read(
     numbers, params, values, doubts = [], [], [], []
     for t in able:
         value, doubt = np.full(len(signs), math.inf), 0.0
-        feasible = all(c <= 0.0 for c in t.constraints.values())
+        feasible = is_feasible(t)
         if t.state == TrialState.COMPLETE:
             value = signs * np.array(t.values) if feasible else value
         elif t.state == TrialState.PRUNED:
             doubt = _DOUBT_PRUNED if feasible else doubt
-            if feasible and len(signs) == 1 and t.last_step is not None:
+            whole = feasible and not has_diverged(t)
+            if whole and len(signs) == 1 and t.last_step is not None:
                 reached = float(signs[0]) * t.intermediate_values[t.last_step]
                 value = np.array([reached + lost.get(t.last_step, 0.0)])
         elif t.state == TrialState.FAIL and _key(t, names) not in tried:
@@ -111,6 +112,22 @@ def read(
     running = [t.params for t in able if t.state == TrialState.RUNNING]
     stacked = np.array(values, dtype=float).reshape(len(values), len(signs))
     return History(numbers, params, stacked, np.array(doubts), running)
+
+
+def has_diverged(trial: FrozenTrial) -> bool:
+    """Whether training broke: pruned for that, or without a finite value to show for it."""
+    if not is_feasible(trial):
+        return False
+    if trial.state == TrialState.PRUNED:
+        reason = str(trial.user_attrs.get(attributes.PRUNE_REASON, ""))
+        reports = trial.intermediate_values.values()
+        return reason.startswith(attributes.DIVERGED) or not any(map(math.isfinite, reports))
+    return trial.state == TrialState.COMPLETE and not all(map(math.isfinite, trial.values))
+
+
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether it violates no constraint; out of memory is one."""
+    return all(c <= 0.0 for c in trial.constraints.values())
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from optuna.trial import TrialState
 from bs_optuna.errors import StudyError
 from bs_optuna.sampling import history
 from bs_optuna.sampling.blas import one_thread
+from bs_optuna.sampling.cliff import Cliff
 from bs_optuna.sampling.fit import THOROUGH
 from bs_optuna.sampling.fit import Fit
 from bs_optuna.sampling.sampler import CoupledSampler
@@ -36,6 +37,9 @@ _DRAWS = 40  # functions for each of the hyper-parameter samples
 _GRID = 121
 # The best learning rate may lie outside the searched range, by this factor at most.
 _BEYOND = 30.0
+# Chance of divergence that a recommended learning rate may have. A run that breaks is lost, one at
+# half the best learning rate hardly worse.
+_ACCEPTED_RISK = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +117,15 @@ def recommend(
             f"Parameters {names[0]!r} and {names[1]!r} are not both positive numbers; "
             "name two that are."
         )
+    cliff = Cliff.seen_in(trials, names)
+    trials = [t for t in trials if not history.has_diverged(t)]
     seen = history.read(trials, study.directions, [axis.name for axis in space.axes])
     rng = np.random.default_rng(seed)
     belief = history.informed(_prior(study, prior), trials)
     sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
     with one_thread():
         fit = Fit(space, belief, seen, rng, effort=THOROUGH)
-        return _Answer(fit, seen, trials, rng, sign).at(batch_size)
+        return _Answer(fit, seen, trials, rng, sign, cliff).at(batch_size)
 
 
 class _Answer:
@@ -132,8 +138,10 @@ class _Answer:
         trials: Sequence[FrozenTrial],
         rng: np.random.Generator,
         sign: float,
+        cliff: Cliff | None,
     ) -> None:
         self._fit, self._seen, self._rng, self._sign = fit, seen, rng, sign
+        self._cliff = cliff
         self._params = {t.number: t.params for t in trials}
         self._completed = {t.number for t in trials if _is_complete(t)}
         assert fit.space.ridge is not None
@@ -188,7 +196,7 @@ class _Answer:
             exponent_interval=_interval(theta[:, 0]),
             critical_batch_size=float(np.median(critical)),
             critical_batch_size_interval=_interval(critical),
-            trials=len(self._seen),
+            trials=len(self._seen) + (self._cliff.diverged if self._cliff else 0),
         )
 
     def _best_learning_rate(self, point: Array) -> tuple[float, Interval]:
@@ -196,21 +204,30 @@ class _Answer:
 
         Each function drawn has its lowest point somewhere. Far beyond the data that is chance, so
         each counts by the prior of where the best learning rate lies: within a factor of five of
-        the ridge, one standard deviation, as for the sampler.
+        the ridge, one standard deviation, as for the sampler. Where runs have diverged, the lowest
+        point is one below the cliff: no smooth function can follow that, and a diverged run tells
+        nothing else about the function. The learning rate keeps a distance from it.
         """
         low, high = self._fit.space.axes[self._lr].bounds
         grid = np.linspace(low - math.log(_BEYOND), high + math.log(_BEYOND), _GRID)
         points = np.repeat(point[None], len(grid), axis=0)
         points[:, self._lr] = grid
-        lowest = self._draws(points).argmin(1)
+        drawn, safe = self._draws(points), math.inf
+        if self._cliff is not None:
+            limits = self._cliff.draws(float(point[self._b]), self._rng, len(drawn))
+            drawn = np.where(grid < limits[:, None], drawn, math.inf)
+            safe = float(np.exp(np.quantile(limits, _ACCEPTED_RISK)))
+        lowest = drawn.argmin(1)
+        # Anywhere in its cell.
+        found = grid[lowest] + (grid[1] - grid[0]) * self._rng.uniform(-0.5, 0.5, len(lowest))
         posterior = self._fit.posterior
         z = posterior.model.distance(posterior.theta, self._fit.points(points))
         sample = np.repeat(np.arange(len(z)), _DRAWS)
         weights = np.exp(-0.5 * z[sample, lowest] ** 2)
         low, middle, high = np.exp(
-            np.quantile(grid[lowest], [0.05, 0.5, 0.95], weights=weights, method="inverted_cdf")
+            np.quantile(found, [0.05, 0.5, 0.95], weights=weights, method="inverted_cdf")
         )
-        return float(middle), (float(low), float(high))
+        return float(max(min(middle, safe), low)), (float(low), float(high))
 
     def _draws(self, coordinates: Array) -> Array:
         return self._fit.posterior.draws(self._fit.points(coordinates), self._rng, _DRAWS)

@@ -154,7 +154,7 @@ class TrainingObjective:
                 elif (reason := attempt.hopeless) is None:
                     value, reason = self._train(trial, run)
             except DivergedError as error:
-                reason = f"diverged: {error}"
+                reason = f"{attributes.DIVERGED}: {error}"
             except (MicrobatchDoesNotFitError, ThrashingError) as error:
                 reason = f"memory: {error}"
             except Exception as error:

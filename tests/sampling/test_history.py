@@ -15,6 +15,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from bs_optuna.sampling import attributes
 from bs_optuna.sampling import history
 
 
@@ -43,6 +44,37 @@ def test_a_pruned_trial_counts_as_its_last_value_and_what_others_gained_after_it
     seen = history.read(trials, DOWN, ["lr"])
     np.testing.assert_allclose(seen.values[:, 0], [2.0, 2.5, 6.0 - 2.75, math.inf])
     assert (seen.doubts[2:] > 0).all()
+
+
+def test_what_a_diverged_run_reported_before_is_worth_nothing() -> None:
+    good = trial(0, 1e-3, TrialState.COMPLETE, value=2.0, intermediate_values={1: 5.0})
+    broken = trial(
+        1,
+        1e-2,
+        TrialState.PRUNED,
+        intermediate_values={1: 4.0},
+        user_attrs={attributes.PRUNE_REASON: f"{attributes.DIVERGED}: training loss nan"},
+    )
+    assert history.read([good, broken], DOWN, ["lr"]).values.tolist() == [[2.0], [math.inf]]
+
+
+@pytest.mark.parametrize(
+    ("state", "details", "diverged"),
+    [
+        (TrialState.COMPLETE, {"value": 2.0}, False),
+        (TrialState.COMPLETE, {"value": math.inf}, True),
+        (TrialState.PRUNED, {}, True),
+        (TrialState.PRUNED, {"intermediate_values": {1: math.nan}}, True),
+        (TrialState.PRUNED, {"intermediate_values": {1: 3.0}}, False),
+        (TrialState.PRUNED, {"constraints": {"memory": 1.0}}, False),
+        (TrialState.FAIL, {}, False),
+        (TrialState.RUNNING, {}, False),
+    ],
+)
+def test_which_trials_have_diverged(
+    state: TrialState, details: dict[str, object], diverged: bool
+) -> None:
+    assert history.has_diverged(trial(0, 1e-3, state, **details)) is diverged
 
 
 def test_a_failed_trial_is_superseded_by_its_retry() -> None:

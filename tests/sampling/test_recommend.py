@@ -51,6 +51,30 @@ def test_learning_rate_of_a_batch_size_from_a_random_study(batch_size: int) -> N
     assert advice.learning_rate_interval[0] < truth < advice.learning_rate_interval[1]
 
 
+@pytest.mark.parametrize("batch_size", [64, 256, 1024])
+def test_a_best_learning_rate_just_below_divergence(batch_size: int) -> None:
+    """Training gets better up to 0.6 and breaks above: no tried rate lies within a factor of 2."""
+
+    def brink(trial: optuna.Trial) -> float:
+        size = trial.suggest_int("batch_size", 16, 4096, log=True)
+        lr = trial.suggest_float("lr", 1e-3, 10.0, log=True)
+        if lr > 0.6:
+            raise optuna.TrialPruned
+        return 3.0 - 0.4 * math.log(lr) + 0.1 * abs(math.log(size / 256))
+
+    rates = [0.003, 0.03, 0.3, 3.0]
+    sizes = [b for b in (16, 64, 256, 1024, 4096) if b != batch_size]
+    study = optuna.create_study(
+        sampler=optuna.samplers.GridSampler({"batch_size": sizes, "lr": rates}, seed=0)
+    )
+    study.optimize(brink)
+    advice = recommend(study, batch_size=batch_size, prior="sgd")
+    assert 0.2 < advice.learning_rate < 0.6  # on the safe side, where one run in ten may break
+    assert advice.learning_rate_interval[0] < 0.6 < advice.learning_rate_interval[1]
+    assert advice.learning_rate_interval[1] < 10.0
+    assert advice.trials == len(sizes) * len(rates)
+
+
 def test_one_lucky_run_does_not_win() -> None:
     study = optuna.create_study()
     space = {
