@@ -31,6 +31,8 @@ def test_what_is_shown_can_be_read(tmp_path: Path) -> None:
             "memory_limit": "1.5GiB",
             "microbatch_size": "4",
             "timeout": "2.5",
+            "isolate": True,
+            "workers": "2",
             "storage": "a.db",
             "study": 'quo"te',
         },
@@ -45,6 +47,8 @@ def test_what_is_shown_can_be_read(tmp_path: Path) -> None:
     [
         ({"trials": "many"}, "trials=many; must be a whole number."),
         ({"trials": "0"}, "trials=0; must be greater than or equal to 1."),
+        ({"workers": "0"}, "workers=0; must be greater than or equal to 1."),
+        ({"isolate": "maybe"}, "isolate=maybe; must be a valid boolean"),
         ({"trials": 2.5}, "trials=2.5; must be a whole number."),
         ({"batch_size": "512:16"}, "batch_size=512:16; must be LOW:HIGH with 0 < LOW <= HIGH"),
         ({"batch_size": "0:16"}, "batch_size=0:16; must be LOW:HIGH"),
@@ -104,6 +108,16 @@ def test_a_file_that_cannot_be_read_is_refused(
         path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         make_config(path, {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes"),
+    [({}, 0), ({"isolate": True}, 1), ({"workers": 1}, 1), ({"workers": 3, "isolate": True}, 3)],
+)
+def test_trials_run_in_workers_where_that_is_asked_for(
+    flags: dict[str, Any], processes: int
+) -> None:
+    assert make_config(None, flags).worker_processes == processes
 
 
 @pytest.mark.parametrize("name", ["digits", "text"])
