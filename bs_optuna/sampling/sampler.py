@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -77,6 +79,7 @@ class CoupledSampler(BaseSampler):
         self._cost = cost
         self._entropy = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._walkers: Array | None = None
+        self._given: dict[tuple[str, int], dict[str, Any]] = {}
         self._read: tuple[Study, int, list[FrozenTrial]] | None = None
         self._warned: set[str] = set()
 
@@ -97,22 +100,42 @@ class CoupledSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Suggest all shared parameters at once."""
-        trials = [t for t in self._trials(study, trial) if t.number != trial.number]
         if not search_space:
+            self._read = None
             return {}
+        with one_thread():  # and one suggestion after the other: each knows the ones before
+            params = self._suggested(study, trial, search_space)
+            self._given[study.study_name, trial.number] = params
+        return params
+
+    def _suggested(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        trials = [t for t in self._trials(study, trial) if t.number != trial.number]
         space = self._space(search_space)
         rng = self._rng(trial)
         fixed = space.fixed(_known(trial))
         seen = history.read(trials, study.directions, search_space)
+        under_way = self._under_way(study.study_name, trials, set(search_space))
+        seen = replace(seen, running=[*seen.running, *under_way])
         prior = history.informed(self._prior, trials)
         if len(seen) < _START_TRIALS:
             taken = space.coordinates([*seen.params, *seen.running])
             return space.params(start_point(space, prior, trial.number, rng, fixed, taken))
         costs = {} if self._cost is None else measured(trials, self._cost)
-        with one_thread():
-            fit = Fit(space, prior, seen, rng, effort=QUICK, walkers=self._walkers)
-            self._walkers = fit.walkers
-            return space.params(suggest(fit, rng, fixed, costs))
+        fit = Fit(space, prior, seen, rng, effort=QUICK, walkers=self._walkers)
+        self._walkers = fit.walkers
+        return space.params(suggest(fit, rng, fixed, costs))
+
+    def _under_way(
+        self, study_name: str, trials: Sequence[FrozenTrial], names: set[str]
+    ) -> list[dict[str, Any]]:
+        """What other threads were given a moment ago and have not stored yet."""
+        stored = {t.number for t in trials if t.state.is_finished() or names <= set(t.params)}
+        for key in [k for k in self._given if k[0] == study_name and k[1] in stored]:
+            del self._given[key]
+        given = (params for (study, _), params in self._given.items() if study == study_name)
+        return [params for params in given if names <= set(params)]
 
     def sample_independent(
         self,
