@@ -6,6 +6,7 @@ BsOptunaError
 │   ├── TaskError             the task: not found, not a task, data smaller than the batch
 │   ├── StudyError            the study: no database, read-only, another search space
 │   └── UntraceableError      the task's step cannot be predicted, only run
+├── RanksError                processes that train together differ, or another one failed
 ├── MicrobatchDoesNotFitError not even one sample fits into memory
 └── StepDoesNotFitError       the optimizer's step does not fit into memory
 """
@@ -37,6 +38,10 @@ class StudyError(UserError):
 
 class UntraceableError(UserError):
     """A training step cannot be followed without running it."""
+
+
+class RanksError(BsOptunaError, RuntimeError):
+    """Processes that train one model together differ, or another one of them failed."""
 
 
 class MicrobatchDoesNotFitError(BsOptunaError, MemoryError):

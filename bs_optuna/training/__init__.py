@@ -12,8 +12,8 @@ from typing import Any
 
 
 if TYPE_CHECKING:
+    from bs_optuna.training.attempt import BackwardResult as BackwardResult
     from bs_optuna.training.backward import AccumulatedBackward as AccumulatedBackward
-    from bs_optuna.training.backward import BackwardResult as BackwardResult
     from bs_optuna.training.budget import Budget as Budget
     from bs_optuna.training.normalization import convert_batch_norm as convert_batch_norm
     from bs_optuna.training.objective import TrainingObjective as TrainingObjective
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AccumulatedBackward": "backward",
-    "BackwardResult": "backward",
+    "BackwardResult": "attempt",
     "Budget": "budget",
     "GuardedStep": "stepping",
     "TrainingObjective": "objective",

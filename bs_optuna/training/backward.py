@@ -10,16 +10,20 @@ import logging
 import warnings
 from collections.abc import Callable
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.science.accumulation import AccumulationPlan
 from bs_optuna.science.accumulation import weights
+from bs_optuna.training.attempt import Agreement
+from bs_optuna.training.attempt import Attempt
+from bs_optuna.training.attempt import BackwardResult
+from bs_optuna.training.attempt import Outcome
+from bs_optuna.training.attempt import Report
 from bs_optuna.training.batches import Batch
 from bs_optuna.training.batches import batch_length
 from bs_optuna.training.batches import call_model
@@ -27,12 +31,9 @@ from bs_optuna.training.batches import moved
 from bs_optuna.training.batches import take
 from bs_optuna.training.normalization import WholeBatchStatistics
 from bs_optuna.training.normalization import splits_batch_norm
-from bs_optuna.training.onednn import give_up_onednn
 from bs_optuna.training.onednn import working_onednn
-from bs_optuna.training.oom import OutOfMemory
-from bs_optuna.training.oom import classify
-from bs_optuna.training.oom import empty_caches
-from bs_optuna.training.oom import release
+from bs_optuna.training.ranks import SharedGradients
+from bs_optuna.training.ranks import refuse_wrapped
 from bs_optuna.training.snapshot import StepSnapshot
 from bs_optuna.training.snapshot import draws_foreign
 
@@ -40,30 +41,6 @@ from bs_optuna.training.snapshot import draws_foreign
 _logger = logging.getLogger(__name__)
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class BackwardResult:
-    """What one call of AccumulatedBackward did.
-
-    Attributes:
-        loss: Loss of the whole batch, a detached scalar on the device of the loss.
-        batch_size: Samples in the batch.
-        microbatch_size: Samples in the largest microbatch that was run.
-        accumulation_steps: Microbatches that the batch was cut into.
-        sizes_tried: Microbatch sizes of this call in order; all but the last ran out of memory.
-    """
-
-    loss: torch.Tensor
-    batch_size: int
-    microbatch_size: int
-    accumulation_steps: int
-    sizes_tried: tuple[int, ...]
-
-    @property
-    def backoffs(self) -> int:
-        """How often the microbatch was halved in this call."""
-        return len(self.sizes_tried) - 1
 
 
 class AccumulatedBackward:
@@ -105,6 +82,9 @@ class AccumulatedBackward:
             microbatch is still normalized by its own statistics, so gradients, and the values
             that reach a BatchNorm behind another one, are not those of the whole batch;
             `convert_batch_norm` takes BatchNorm out altogether.
+        process_group: Trains on several ranks, such as ``dist.group.WORLD``: each calls with its
+            own part of the batch, and all end with the gradient of the whole. Where one runs out
+            of memory all do the step again. See `SharedGradients` for what becomes of the model.
 
     Example:
         >>> backward = AccumulatedBackward(model, loss_fn, microbatch_size="auto")
@@ -125,6 +105,7 @@ class AccumulatedBackward:
         scaler: torch.amp.GradScaler | None = None,
         autocast_dtype: torch.dtype | None = None,
         batch_norm: Literal["microbatch", "exact"] = "microbatch",
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if microbatch_size != "auto" and microbatch_size < 1:
             raise ValueError(
@@ -136,6 +117,7 @@ class AccumulatedBackward:
             raise ValueError("count is for reduction='mean' only; a sum needs no weights.")
         if batch_norm not in ("microbatch", "exact"):
             raise ValueError(f"batch_norm={batch_norm!r}; must be 'microbatch' or 'exact'.")
+        refuse_wrapped(model)
         self._modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
         self._model = model
         self._loss_fn = loss_fn
@@ -153,6 +135,10 @@ class AccumulatedBackward:
         if scaler is not None:
             # It makes its tensors in the first use, and one that failed there stays half made.
             scaler.scale(torch.zeros((), device=next(model.parameters()).device))
+        self._shared: SharedGradients | None = None
+        if process_group is not None:
+            numbers = len(Report._fields)
+            self._shared = SharedGradients(process_group, self._modules, numbers=numbers)
 
     @property
     def microbatch_size(self) -> int | None:
@@ -172,77 +158,113 @@ class AccumulatedBackward:
             ValueError: The tensors of the batch differ in their number of samples, or there is
                 nothing that a mean could be taken over.
             TypeError: The batch holds something that cannot be cut into microbatches.
+            RanksError: Another rank failed with an error of its own, or the ranks differ.
         """
         batch = (inputs, targets)
-        plan = AccumulationPlan(n := batch_length(batch), min(self._limit or n, n))
-        tried = [plan.microbatch_size]
+        tried: list[int] = []
         while True:
-            if plan.accumulation_steps > 1 and not self._warned:
-                self._warn(plan)
-            outcome = self._attempt(plan, batch)
-            if isinstance(outcome, torch.Tensor):
-                return BackwardResult(
-                    loss=outcome,
-                    batch_size=n,
-                    microbatch_size=plan.microbatch_size,
-                    accumulation_steps=plan.accumulation_steps,
-                    sizes_tried=tuple(tried),
-                )
-            empty_caches()
-            if give_up_onednn(outcome):
-                continue
-            if plan.microbatch_size == 1 or not outcome.retryable:
-                raise _does_not_fit(outcome, tried)
-            plan = plan.halved()
-            self._limit = plan.microbatch_limit
-            tried.append(plan.microbatch_size)
-            _logger.info("out of memory at %d samples; now %d", tried[-2], tried[-1])
+            attempt = self._attempt(batch)
+            agreed = self._agree(attempt)
+            if agreed.microbatch_size not in tried[-1:]:
+                tried.append(agreed.microbatch_size)
+            if (error := agreed.error(attempt, tried)) is not None:
+                attempt.undo()
+                raise error
+            if agreed.outcome == Outcome.DONE:
+                return self._result(attempt, agreed, batch, tried)
+            attempt.undo()
+            if agreed.limit != self._limit:
+                _logger.info("out of memory at %d samples; now %s", tried[-1], agreed.limit)
+            self._limit = agreed.limit
 
     def _warn(self, plan: AccumulationPlan) -> None:
+        if self._warned or (plan.accumulation_steps == 1 and self._shared is None):
+            return
         self._warned = True
         if splits_batch_norm(self._modules):
+            whole = "the whole batch" if self._shared else f"the batch of {plan.batch_size}"
             warnings.warn(
                 f"BatchNorm normalizes each microbatch of {plan.microbatch_size} samples by its "
-                f"own statistics instead of those of the batch of {plan.batch_size}. Replace it "
+                f"own statistics instead of those of {whole}. Replace it "
                 "before training with bs_optuna.training.convert_batch_norm(model), or pass "
                 "batch_norm='exact' to keep at least its running statistics those of the batch.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
-    def _attempt(self, plan: AccumulationPlan, batch: Batch) -> torch.Tensor | OutOfMemory:
-        """The loss of the batch, or what ran out; then nothing is left of the attempt."""
-        before = None
+    def _attempt(self, batch: Batch) -> Attempt:
+        """One pass over the batch; where it failed, nothing is left of it."""
+        attempt = Attempt()
         try:
-            before = StepSnapshot(
+            n = batch_length(batch)
+            attempt.plan = AccumulationPlan(n, min(self._limit or n, n))
+            self._warn(attempt.plan)
+            attempt.before = StepSnapshot(
                 self._modules, batch, buffer_copies=self._buffer_copies, foreign=self._foreign
             )
             with working_onednn():
-                loss = self._run(plan, batch)
-            before.commit()
-            return loss
+                attempt.loss, attempt.held = self._run(attempt.plan, batch)
+            if self._shared is None:
+                attempt.before.commit()
+            else:
+                self._prepare(attempt, self._shared)
+            return attempt
         except BaseException as error:
             failed = error
         # Outside the except block: inside, its traceback would keep the activations alive.
-        verdict = classify(failed)
-        if verdict is None and plan.accumulation_steps > 1 and _needs_two_samples(failed):
-            verdict = OutOfMemory("batch normalization", None, False, str(failed))
-        if verdict is not None:
-            release(failed)
-        if before is not None:
-            before.restore()
-        if verdict is None:
-            raise failed
-        return verdict
+        attempt.judge(failed)
+        return attempt
 
-    def _run(self, plan: AccumulationPlan, batch: Batch) -> torch.Tensor:
-        if plan.accumulation_steps == 1:
-            if self._count is not None:
-                self._weights([batch], plan)  # refuses a batch without any target
-            return self._accumulated(batch, 1.0)
+    def _prepare(self, attempt: Attempt, shared: SharedGradients) -> None:
+        """Allocates and reads all that is needed once the ranks have agreed."""
+        assert attempt.loss is not None
+        attempt.loss = attempt.loss.clone()  # the result's own, to be written to
+        attempt.loss_value = float(attempt.loss)
+        attempt.scale = 1.0 if self._scaler is None else self._scaler.get_scale()
+        attempt.trainable = shared.trainable()
+        attempt.had = shared.settle()
+
+    def _agree(self, attempt: Attempt) -> Agreement:
+        mine = attempt.report(self._limit)
+        if self._shared is None:
+            return Agreement([mine])
+        had = attempt.had or [0.0] * self._shared.parameters
+        told, had = self._shared.ranks.tell(mine, had)
+        return Agreement([Report(*numbers) for numbers in told], had)
+
+    def _result(
+        self, attempt: Attempt, agreed: Agreement, batch: Batch, tried: list[int]
+    ) -> BackwardResult:
+        assert attempt.loss is not None
+        if self._shared is not None:
+            shares = agreed.shares(self._reduction)
+            mine = shares[self._shared.ranks.rank]
+            self._shared.add_up(agreed.had, mine)
+            attempt.keep(mine, batch)
+            attempt.loss.fill_(agreed.loss(shares))
+        return BackwardResult(
+            loss=attempt.loss,
+            batch_size=agreed.batch_size,
+            microbatch_size=agreed.microbatch_size,
+            accumulation_steps=agreed.accumulation_steps,
+            sizes_tried=tuple(tried),
+        )
+
+    def _run(self, plan: AccumulationPlan, batch: Batch) -> tuple[torch.Tensor, float]:
+        """The loss of the batch, and what its mean is taken over."""
+        if plan.accumulation_steps == 1 and self._count is None:
+            return self._accumulated(batch, 1.0), plan.batch_size
+        parts = [batch]
+        if plan.accumulation_steps > 1:
+            parts = [take(batch, part) for part in plan.slices]  # views, not copies
+        counts = self._counts(parts, plan)
+        if self._shared is not None and not any(counts):  # the other ranks may have targets
+            return torch.zeros((), device=self._device), 0.0
         total: torch.Tensor | None = None
-        statistics = WholeBatchStatistics(self._modules if self._exact_batch_norm else ())
-        microbatches = [take(batch, part) for part in plan.slices]  # views, not copies
-        for weight, part in zip(self._weights(microbatches, plan), microbatches, strict=True):
+        exact = self._exact_batch_norm and len(parts) > 1
+        statistics = WholeBatchStatistics(self._modules if exact else ())
+        even = (1.0,) * len(parts)
+        shares = even if self._reduction == "sum" else weights(counts)
+        for weight, part in zip(shares, parts, strict=True):
             if weight == 0:  # the mean over nothing is NaN, and would spoil the sum
                 continue
             with statistics.microbatch():
@@ -250,7 +272,7 @@ class AccumulatedBackward:
             total = loss if total is None else total + loss
         statistics.write()
         assert total is not None  # there is at least one target
-        return total
+        return total, sum(counts)
 
     def _accumulated(self, part: Batch, weight: float) -> torch.Tensor:
         loss = self._loss(part)
@@ -259,12 +281,11 @@ class AccumulatedBackward:
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
         return loss.detach()
 
-    def _weights(self, microbatches: list[Batch], plan: AccumulationPlan) -> Sequence[float]:
-        if self._reduction == "sum":
-            return (1.0,) * len(microbatches)
+    def _counts(self, parts: list[Batch], plan: AccumulationPlan) -> Sequence[float]:
+        """What the mean loss of each part is taken over."""
         if self._count is None:
-            return weights(plan.sizes)
-        return weights([float(self._count(*microbatch)) for microbatch in microbatches])
+            return plan.sizes
+        return [float(self._count(*part)) for part in parts]
 
     def _loss(self, part: Batch) -> torch.Tensor:
         inputs, targets = part if self._device is None else moved(part, self._device)
@@ -272,24 +293,3 @@ class AccumulatedBackward:
             return self._loss_fn(call_model(self._model, inputs), targets)
         with torch.autocast(next(self._model.parameters()).device.type, dtype=self._autocast_dtype):
             return self._loss_fn(call_model(self._model, inputs), targets)
-
-
-def _needs_two_samples(error: BaseException) -> bool:
-    """Whether BatchNorm refuses a microbatch of one sample, which the whole batch was not."""
-    return isinstance(error, ValueError) and "Expected more than 1 value per channel" in str(error)
-
-
-def _does_not_fit(verdict: OutOfMemory, tried: list[int]) -> MicrobatchDoesNotFitError:
-    asked = "" if verdict.bytes_requested is None else f" {verdict.bytes_requested:,} bytes more,"
-    if verdict.kind == "batch normalization":
-        remedy = "it cannot take a single sample: use convert_batch_norm(model), or more memory"
-    elif verdict.retryable:
-        remedy = "use a smaller model or shorter samples, or give the training more memory"
-    else:
-        remedy = "the device is unusable after this failure: start the process anew"
-    return MicrobatchDoesNotFitError(
-        f"Out of memory ({verdict.kind}) with microbatch_size={tried[-1]},{asked} "
-        f"after trying {', '.join(map(str, tried))}; {remedy}.",
-        sizes_tried=tried,
-        bytes_requested=verdict.bytes_requested,
-    )
