@@ -80,8 +80,12 @@ class Ranks:
     def take_from(self, rank: int, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrites tensors by those of one rank."""
         source = dist.get_global_rank(self._group, rank)
-        for tensor in tensors:
-            dist.broadcast(tensor.detach(), source, group=self._group)
+        for tensor in map(_distinct, tensors):
+            flat = _in_memory_order(tensor) if _is_dense(tensor) else tensor.reshape(-1)
+            if flat.numel():  # as bytes: not every backend knows every type
+                dist.broadcast(flat.view(torch.uint8), source, group=self._group)
+            if not _is_dense(tensor):
+                tensor.copy_(flat.view(tensor.shape))
 
 
 class SharedGradients:
@@ -96,7 +100,7 @@ class SharedGradients:
 
     Raises:
         ConfigError: A module runs collectives of its own, or there is no such group.
-        RanksError: The ranks' parameters differ in number, shape or type.
+        RanksError: The ranks' models differ, or one has no memory to exchange gradients.
     """
 
     def __init__(
@@ -110,29 +114,34 @@ class SharedGradients:
             raise ConfigError("process_group: the model has no parameters to share; leave it out.")
         device = self._parameters[0].device
         self._strides = [torch.empty_like(p, device="meta").stride() for p in self._parameters]
-        self._check_alike(Ranks(group, device, numbers=1))
-        self.ranks = Ranks(group, device, numbers=numbers, flags=len(self._parameters))
         self._buckets: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+        self.ranks = Ranks(group, device, numbers=numbers, flags=len(self._parameters))
+        try:
+            self._allocate()
+        finally:  # also where that failed: the others must not wait
+            buffers = [b for module in modules for b in module.buffers()]
+            self._check_alike(Ranks(group, device, numbers=2), buffers)
+        for key in sorted(self._buckets, key=str):  # a first use allocates inside the backend
+            self.ranks.add_up(self._buckets[key])
+        self.ranks.take_from(0, [*self._parameters, *buffers])
+
+    def _allocate(self) -> None:
         for key in {_kind(p) for p in self._parameters}:
             total = sum(p.numel() for p in self._parameters if _kind(p) == key)
             size = max(1, min(total, BUCKET_BYTES // key[1].itemsize))
             self._buckets[key] = torch.zeros(size, device=key[0], dtype=key[1])
-        for key in sorted(self._buckets, key=str):  # a first use allocates inside the backend
-            self.ranks.add_up(self._buckets[key])
-        buffers = [b for module in modules for b in module.buffers()]
-        self.ranks.take_from(0, [*self._parameters, *buffers])
 
-    def _check_alike(self, ranks: Ranks) -> None:
-        described = [
-            (tuple(p.shape), strides, str(p.dtype))
-            for p, strides in zip(self._parameters, self._strides, strict=True)
-        ]
-        told, _ = ranks.tell([_fingerprint(described)])
-        if len({numbers[0] for numbers in told}) > 1:
+    def _check_alike(self, ranks: Ranks, buffers: Sequence[torch.Tensor]) -> None:
+        tensors = [*self._parameters, *buffers]
+        described = [(tuple(t.shape), t.stride(), str(t.dtype)) for t in tensors]
+        told, _ = ranks.tell([_fingerprint(described), len(self._buckets)])
+        if len({alike for alike, _ in told}) > 1:
             raise RanksError(
-                f"The ranks' models differ in their parameters (here {len(described)} of them); "
-                "build the same model on every rank."
+                f"The ranks' models differ in number, shape or type of parameters and buffers "
+                f"(here {len(described)}); build the same model on every rank."
             )
+        if len({buckets for _, buckets in told}) > 1:
+            raise RanksError("A rank has no memory to exchange gradients; give all ranks more.")
 
     @property
     def parameters(self) -> int:
@@ -226,6 +235,20 @@ def _kind(tensor: torch.Tensor) -> tuple[torch.device, torch.dtype]:
     return tensor.device, tensor.dtype
 
 
+def _distinct(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of an expanded tensor in which no two elements are the same memory."""
+    return tensor.detach()[tuple(slice(None if stride else 1) for stride in tensor.stride())]
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements lie in memory without gaps, in whatever order."""
+    return tensor.stride() == torch.empty_like(tensor, device="meta").stride()
+
+
+def _in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
 def _fingerprint(described: object) -> int:
     digest = hashlib.sha256(repr(described).encode()).digest()
     return int.from_bytes(digest[: _BITS // 8], "big")
@@ -236,7 +259,7 @@ def _filled(grads: Sequence[torch.Tensor], size: int) -> Iterator[list[torch.Ten
     pieces: list[torch.Tensor] = []
     free = size
     for grad in grads:
-        for piece in grad.as_strided((grad.numel(),), (1,)).split(size):
+        for piece in _in_memory_order(grad).split(size):
             if piece.numel() > free:
                 yield pieces
                 pieces, free = [], size
