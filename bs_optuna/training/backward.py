@@ -222,6 +222,7 @@ class AccumulatedBackward:
         attempt.scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         attempt.trainable = shared.trainable()
         attempt.had = shared.settle()
+        shared.ranks.check_room()
 
     def _agree(self, attempt: Attempt) -> Agreement:
         mine = attempt.report(self._limit)

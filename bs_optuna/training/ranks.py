@@ -20,14 +20,16 @@ from bs_optuna.errors import RanksError
 
 # DistributedDataParallel's size: large enough that latency does not matter.
 BUCKET_BYTES = 25 * 2**20
+# What gloo allocates while it reduces: two of its segments of 1 MiB, and some more.
+_GLOO_BYTES = 4 * 2**20
 _BITS = 48  # of a fingerprint, which is told as a float64
 
 
 class Ranks:
     """The processes of a group, and a few numbers that each tells all others.
 
-    What the collectives need is allocated here: where one of them ran out of memory on a single
-    rank, the others would wait for it.
+    What the collectives need is allocated before, here or in `check_room`: where one of them ran
+    out of memory on a single rank, the others would wait for it.
 
     Args:
         group: A process group of ``torch.distributed``, such as ``dist.group.WORLD``.
@@ -72,6 +74,11 @@ class Ranks:
         self.add_up(self._status)  # each fills its own place, which any backend can do
         told = self._status.tolist()
         return [told[i : i + self._numbers] for i in range(0, ends, self._numbers)], told[ends:]
+
+    def check_room(self) -> None:
+        """Runs out of memory now, while the others can be told, if a collective would."""
+        if self._status.device.type == "cpu":
+            torch.empty(_GLOO_BYTES, dtype=torch.uint8)
 
     def add_up(self, tensor: torch.Tensor) -> None:
         """Puts the sum over the ranks into a tensor."""

@@ -123,6 +123,7 @@ class GuardedStep:
         """A step on every rank, or on none; each tries for itself, and then they agree."""
         failed: BaseException | None = None
         try:
+            self._survive("the exchange between ranks", ranks.check_room)
             scale = None if self._scaler is None else self._scaler.state_dict()
             self._step_alone()
         except BaseException as error:

@@ -17,6 +17,7 @@ from ranks import gradients
 from ranks import rank_main
 
 from bs_optuna.training import AccumulatedBackward
+from bs_optuna.training import GuardedStep
 from bs_optuna.training import ranks
 
 
@@ -110,8 +111,29 @@ def whole_batch(rank: int) -> dict[str, Any]:
                 "result": result, "gradients": once, "twice": gradients(model), "inputs": x.grad,
                 "state": model.state_dict(),
             }  # fmt: skip
+    found["trained"] = trained(rank)
     found["empty"] = nothing_on_rank_1(rank)
     return found
+
+
+def trained(rank: int | None) -> list[torch.Tensor]:
+    """Parameters after a few clipped steps with momentum; None is one process with all samples."""
+    model = branches(seed=rank or 0)
+    model.offset.requires_grad_(False)  # rounds as its type does
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    group = None if rank is None else dist.group.WORLD
+    backward = AccumulatedBackward(
+        model, microbatch_size=8 if rank is None else 2, process_group=group, **settings("tokens")
+    )
+    step = GuardedStep(optimizer, max_norm=0.1, process_group=group)
+    x, y = sequences("tokens")
+    for turn in range(5):
+        optimizer.zero_grad()
+        # Which samples are whose changes with every step.
+        batch = [tensor.roll(turn, 0) for tensor in (x, y)]
+        backward(*(batch if rank is None else [part(rank, tensor) for tensor in batch]))
+        step()
+    return [p.detach().clone() for p in model.parameters()]
 
 
 def nothing_on_rank_1(rank: int) -> list[torch.Tensor | None]:

@@ -64,6 +64,8 @@ def test_the_gradient_is_that_of_one_process_with_the_whole_batch(tmp_path: Path
                 assert result.loss.item() == pytest.approx(loss.item(), rel=1e-12)
                 assert (result.batch_size, result.microbatch_size) == (8, min(size, 5))
                 assert result.accumulation_steps == -(-5 // size)
+    assert_equal(ranks[0]["trained"], ranks[1]["trained"])
+    assert_close(ranks[0]["trained"], ranks_batches.trained(None))
     y = ranks_batches.sequences("samples")[1]
     y[ranks_batches.PARTS[0] :] = ranks_batches.IGNORED
     assert_equal(ranks[0]["empty"], ranks[1]["empty"])
