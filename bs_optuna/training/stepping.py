@@ -67,7 +67,8 @@ class GuardedStep:
             none does.
 
     Attributes:
-        lost: What running out of memory has cost in all calls together.
+        lost: What running out of memory has cost in all calls together; of several ranks, what
+            this one has undone.
 
     Example:
         >>> step = GuardedStep(optimizer, max_norm=1.0)
@@ -128,6 +129,7 @@ class GuardedStep:
     def _step_together(self, ranks: Ranks) -> None:
         """A step on every rank, or on none; each tries for itself, and then they agree."""
         failed: BaseException | None = None
+        began, lost = time.perf_counter(), self.lost.seconds
         try:
             self._survive("the exchange between ranks", ranks.check_room)
             scale = None if self._scaler is None else self._scaler.state_dict()
@@ -147,6 +149,8 @@ class GuardedStep:
                 ranks.take_from(worst, self._changed_in_place())
             elif failed is None and scale is not None:
                 self._scaler.load_state_dict(scale)
+            if failed is None:  # otherwise it is counted, as are own attempts before
+                self.lost.add(began + self.lost.seconds - lost)
         raise failed if failed is not None else _elsewhere(worst, outcome, asked)
 
     def _changed_in_place(self) -> list[torch.Tensor]:

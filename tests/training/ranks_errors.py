@@ -134,7 +134,9 @@ def failing_step(rank: int, optimizer: str, scaled: bool, good_steps: int) -> An
     made.zero_grad()
     backward(*images(rank))
     step()
-    return {"before": before, "after": after, "message": message, "later": state()}
+    return {
+        "before": before, "after": after, "message": message, "later": state(), "lost": step.lost,
+    }  # fmt: skip
 
 
 def scaled_steps(rank: int) -> dict[str, Any]:

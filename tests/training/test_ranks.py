@@ -172,6 +172,8 @@ def test_a_step_that_never_fits_on_rank_1_is_taken_by_none(tmp_path: Path) -> No
             assert not torch.equal(first["later"][0]["0.weight"], first["after"][0]["0.weight"])
             assert first["message"].startswith("StepDoesNotFitError: Out of memory (rank 1) in its")
             assert second["message"].startswith("StepDoesNotFitError: Out of memory (cpu) in opti")
+            assert (first["lost"].attempts, second["lost"].attempts) == (1, 3)
+            assert first["lost"].seconds > 0
 
 
 def test_an_overflow_on_rank_1_skips_the_step_of_all(tmp_path: Path) -> None:
