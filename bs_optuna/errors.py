@@ -8,6 +8,7 @@ BsOptunaError
 │   ├── WorkerError           worker processes end by an error, or die before any trial
 │   └── UntraceableError      the task's step cannot be predicted, only run
 ├── ThrashingError            memory runs out again and again
+├── RanksError                processes that train together differ, or another one failed
 ├── MicrobatchDoesNotFitError not even one sample fits into memory
 └── StepDoesNotFitError       the optimizer's step does not fit into memory
 """
@@ -50,6 +51,10 @@ class UntraceableError(UserError):
 
 class ThrashingError(BsOptunaError, MemoryError):
     """A training loses more time to running out of memory than it may."""
+
+
+class RanksError(BsOptunaError, RuntimeError):
+    """Processes that train one model together differ, or another one of them failed."""
 
 
 class MicrobatchDoesNotFitError(BsOptunaError, MemoryError):

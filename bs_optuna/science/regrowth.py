@@ -57,6 +57,11 @@ class MicrobatchLimit:
         """What is thought to fit; None is the whole batch."""
         return self._value
 
+    @property
+    def tries(self) -> bool:
+        """Whether the plan of this step is larger than what is thought to fit."""
+        return self._tries
+
     def plan(self, cut: Callable[[int | None], _P]) -> _P:
         """The plan to begin a step with.
 
@@ -75,23 +80,41 @@ class MicrobatchLimit:
     def failed(self, plan: _P, cut: Callable[[int | None], _P]) -> _P:
         """The plan to go on with when one of this step has run out of memory."""
         if self._tries:
-            self._tries = False
-            self._wait *= 2
-            plan = cut(self._value)
-        else:
-            plan = plan.halved()
-            self._value = plan.microbatch_limit
-            if self._calm >= self._wait:
-                self._wait = self._regrow_after or 0
-            elif self._calm > 0:  # 0 is the same step's second failure
-                self._wait *= 2
-        self._calm = 0
+            self.give_way()
+            return cut(self._value)
+        plan = plan.halved()
+        self.shrink(plan.microbatch_limit)
         return plan
 
     def succeeded(self, plan: Plan) -> None:
         """Notes that a plan of this step has run."""
-        if self._tries:
-            self._value = plan.microbatch_limit
+        self.hold(plan.microbatch_limit if self._tries else None)
+
+    # The three below are what several ranks, each with a part of the batch, note alike.
+
+    def give_way(self) -> None:
+        """Notes that a larger limit was tried and has failed."""
+        self._tries = False
+        self._wait *= 2
+        self._calm = 0
+
+    def shrink(self, limit: int | None) -> None:
+        """Notes that a step has failed and goes on with less."""
+        self._value = limit
+        if self._calm >= self._wait:
+            self._wait = self._regrow_after or 0
+        elif self._calm > 0:  # 0 is the same step's second failure
+            self._wait *= 2
+        self._calm = 0
+
+    def hold(self, limit: int | None) -> None:
+        """Notes that a step has run.
+
+        Args:
+            limit: The larger one that was tried; None where none was.
+        """
+        if limit is not None:
+            self._value = limit
             self._calm = 0
         self._calm += 1
 

@@ -13,16 +13,16 @@ from typing import Any
 
 if TYPE_CHECKING:
     from bs_optuna.training.backward import AccumulatedBackward as AccumulatedBackward
-    from bs_optuna.training.backward import BackwardResult as BackwardResult
     from bs_optuna.training.budget import Budget as Budget
     from bs_optuna.training.normalization import convert_batch_norm as convert_batch_norm
     from bs_optuna.training.objective import TrainingObjective as TrainingObjective
+    from bs_optuna.training.pass_attempt import BackwardResult as BackwardResult
     from bs_optuna.training.stepping import GuardedStep as GuardedStep
     from bs_optuna.training.task import TrainingTask as TrainingTask
 
 _MODULES = {
     "AccumulatedBackward": "backward",
-    "BackwardResult": "backward",
+    "BackwardResult": "pass_attempt",
     "Budget": "budget",
     "GuardedStep": "stepping",
     "TrainingObjective": "objective",

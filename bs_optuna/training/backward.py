@@ -10,11 +10,11 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from bs_optuna.science.regrowth import MicrobatchLimit
@@ -37,6 +37,9 @@ from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import does_not_fit
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
+from bs_optuna.training.pass_attempt import BackwardResult
+from bs_optuna.training.ranks import refuse_wrapped
+from bs_optuna.training.shared_pass import SharedPass
 from bs_optuna.training.snapshot import StepSnapshot
 from bs_optuna.training.snapshot import draws_foreign
 
@@ -44,31 +47,6 @@ from bs_optuna.training.snapshot import draws_foreign
 _logger = logging.getLogger(__name__)
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class BackwardResult:
-    """What one call of AccumulatedBackward did.
-
-    Attributes:
-        loss: Loss of the whole batch, a detached scalar on the device of the loss.
-        batch_size: Samples in the batch.
-        microbatch_size: Samples in the largest microbatch that was run.
-        accumulation_steps: Microbatches that the batch was cut into.
-        sizes_tried: Microbatch sizes of this call in order, in elements under a budget of them;
-            all but the last ran out of memory.
-    """
-
-    loss: torch.Tensor
-    batch_size: int
-    microbatch_size: int
-    accumulation_steps: int
-    sizes_tried: tuple[int, ...]
-
-    @property
-    def backoffs(self) -> int:
-        """How often a smaller microbatch was tried in this call."""
-        return len(self.sizes_tried) - 1
 
 
 class AccumulatedBackward:
@@ -121,9 +99,14 @@ class AccumulatedBackward:
         regrow_after: Calls without a failure before a microbatch that has shrunk is tried at twice
             its size, up to where it started; a try that fails is undone and doubles the wait. None
             never tries.
+        process_group: Trains on several ranks, such as ``dist.group.WORLD``: each calls with its
+            own part of the batch, and all end with the gradient of the whole. Where one runs out
+            of memory all do the step again; they shrink and grow back together. Give each the
+            same settings. See `SharedGradients` for what becomes of the model.
 
     Attributes:
-        lost: What running out of memory has cost in all calls together.
+        lost: What running out of memory has cost in all calls together; of several ranks, what
+            this one has undone.
 
     Example:
         >>> backward = AccumulatedBackward(model, loss_fn, microbatch_size="auto")
@@ -148,6 +131,7 @@ class AccumulatedBackward:
         lengths: Lengths | None = None,
         trim: Trim | None = None,
         regrow_after: int | None = 64,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if microbatch_size != "auto" and microbatch_size < 1:
             raise ValueError(
@@ -162,6 +146,7 @@ class AccumulatedBackward:
             raise ValueError(f"batch_norm={batch_norm!r}; must be 'microbatch' or 'exact'.")
         if regrow_after is not None and regrow_after < 1:
             raise ValueError(f"regrow_after={regrow_after}; must be at least 1, or None for never.")
+        refuse_wrapped(model)
         self.lost = Lost()
         self._modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
         self._model = model
@@ -186,6 +171,11 @@ class AccumulatedBackward:
         if scaler is not None:
             # It makes its tensors in the first use, and one that failed there stays half made.
             scaler.scale(torch.zeros((), device=next(model.parameters()).device))
+        self._shared: SharedPass | None = None
+        if process_group is not None:
+            self._shared = SharedPass(
+                process_group, self._modules, self._cutting, self._limit, self.lost, scaler
+            )
 
     @property
     def microbatch_size(self) -> int | None:
@@ -210,14 +200,17 @@ class AccumulatedBackward:
             ValueError: The tensors of the batch differ in their number of samples, or there is
                 nothing that a mean could be taken over.
             TypeError: The batch holds something that cannot be cut into microbatches.
+            RanksError: Another rank failed with an error of its own, or the ranks differ.
         """
         batch = (inputs, targets)
+        if self._shared is not None:
+            return self._shared(batch, self._snapshot, self._run_part)
         cut = self._cutting.plans(batch)
         plan = self._limit.plan(cut)
         tried = [plan.largest]
         while True:
             if plan.accumulation_steps > 1 and not self._warned:
-                self._warn(plan)
+                self._warn(plan, f"the batch of {plan.batch_size}", stacklevel=3)
             began = time.perf_counter()
             outcome = self._attempt(plan, batch)
             if isinstance(outcome, torch.Tensor):
@@ -240,26 +233,24 @@ class AccumulatedBackward:
             setting = self._cutting.setting
             _logger.info("out of memory at %s=%d; now %d", setting, tried[-2], tried[-1])
 
-    def _warn(self, plan: Plan) -> None:
+    def _warn(self, plan: Plan, whole: str, stacklevel: int) -> None:
         self._warned = True
         if splits_batch_norm(self._modules):
             warnings.warn(
                 f"BatchNorm normalizes each microbatch of {plan.microbatch_size} samples by its "
-                f"own statistics instead of those of the batch of {plan.batch_size}. Replace it "
+                f"own statistics instead of those of {whole}. Replace it "
                 "before training with bs_optuna.training.convert_batch_norm(model), or pass "
                 "batch_norm='exact' to keep at least its running statistics those of the batch.",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
     def _attempt(self, plan: Plan, batch: Batch) -> torch.Tensor | OutOfMemory:
         """The loss of the batch, or what ran out; then nothing is left of the attempt."""
         before = None
         try:
-            before = StepSnapshot(
-                self._modules, batch, buffer_copies=self._buffer_copies, foreign=self._foreign
-            )
+            before = self._snapshot(batch)
             with working_onednn():
-                loss = self._run(plan, batch)
+                loss = self._run(plan, self._cutting.microbatches(plan, batch)[0])
             before.commit()
             return loss
         except BaseException as error:
@@ -276,8 +267,22 @@ class AccumulatedBackward:
             raise failed
         return verdict
 
-    def _run(self, plan: Plan, batch: Batch) -> torch.Tensor:
-        microbatches = self._cutting.microbatches(plan, batch)
+    def _snapshot(self, batch: Batch) -> StepSnapshot:
+        return StepSnapshot(
+            self._modules, batch, buffer_copies=self._buffer_copies, foreign=self._foreign
+        )
+
+    def _run_part(self, plan: Plan, batch: Batch) -> tuple[torch.Tensor, float]:
+        """The loss of one rank's part of the batch, and what its mean is taken over."""
+        if not self._warned:  # by the part alone, also where that is not cut
+            self._warn(plan, "the whole batch", stacklevel=6)
+        with working_onednn():
+            microbatches, held = self._cutting.microbatches(plan, batch, whole=False)
+            if not microbatches:  # the other ranks may have targets
+                return torch.zeros((), device=self._device), 0.0
+            return self._run(plan, microbatches), held
+
+    def _run(self, plan: Plan, microbatches: list[tuple[float, Batch]]) -> torch.Tensor:
         if plan.accumulation_steps == 1:
             return self._accumulated(*microbatches[0])
         total: torch.Tensor | None = None

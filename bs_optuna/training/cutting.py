@@ -61,8 +61,17 @@ class Cutting:
         lengths = self._lengths(batch, samples)
         return lambda limit: TokenPlan(lengths, limit or self.microbatch_tokens or 1)
 
-    def microbatches(self, plan: Plan, batch: Batch) -> list[tuple[float, Batch]]:
-        """Each microbatch after its weight; those without a target are left out.
+    def microbatches(
+        self, plan: Plan, batch: Batch, *, whole: bool = True
+    ) -> tuple[list[tuple[float, Batch]], float]:
+        """Each microbatch after its weight, and what the mean of all of them is taken over.
+
+        Those without a target are left out.
+
+        Args:
+            plan: A cut of the batch.
+            batch: The pair of inputs and targets.
+            whole: Whether there is nothing else; a part of a batch may be without a target.
 
         Raises:
             ValueError: The whole batch is without a target.
@@ -72,21 +81,24 @@ class Cutting:
                 batch = take(batch, torch.tensor([i for part in plan.parts for i in part]))
             parts = [take(batch, part) for part in plan.slices]  # views, not copies
         elif self.count is None and self.trim is None:
-            return [(1.0, batch)]
+            return [(1.0, batch)], plan.batch_size
         else:
             parts = [batch]
-        shares = self._weights(parts, plan)
+        counts = self._counts(parts, plan)
+        held = sum(counts)
+        if not whole and held == 0:
+            return [], 0.0
+        shares = (1.0,) * len(parts) if self.reduction == "sum" else weights(counts)
         if self.trim is not None and isinstance(plan, TokenPlan):
             parts = [self.trim(p[0], p[1], n) for p, n in zip(parts, plan.longest, strict=True)]
         # The mean over nothing is NaN, and would spoil the sum.
-        return [pair for pair in zip(shares, parts, strict=True) if pair[0] != 0]
+        return [pair for pair in zip(shares, parts, strict=True) if pair[0] != 0], held
 
-    def _weights(self, parts: list[Batch], plan: Plan) -> Sequence[float]:
-        if self.reduction == "sum":
-            return (1.0,) * len(parts)
+    def _counts(self, parts: list[Batch], plan: Plan) -> Sequence[float]:
+        """What the mean of each part is taken over."""
         if self.count is None:
-            return weights(plan.sizes)
-        return weights([float(self.count(*part)) for part in parts])
+            return plan.sizes
+        return [float(self.count(*part)) for part in parts]
 
     def _lengths(self, batch: Batch, samples: int) -> tuple[int, ...]:
         if self.lengths is None:

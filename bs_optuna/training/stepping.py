@@ -6,21 +6,23 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import optree
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from bs_optuna.errors import RanksError
 from bs_optuna.errors import StepDoesNotFitError
 from bs_optuna.training.lost import Lost
 from bs_optuna.training.oom import OutOfMemory
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
-from bs_optuna.training.snapshot import RandomStates
+from bs_optuna.training.optimizer_snapshot import CounterSnapshot
+from bs_optuna.training.optimizer_snapshot import OptimizerSnapshot
+from bs_optuna.training.ranks import Ranks
 
 
 _logger = logging.getLogger(__name__)
@@ -28,12 +30,15 @@ _logger = logging.getLogger(__name__)
 # No microbatch is at work in a step: only what empties in between can help, and that helps once.
 ATTEMPTS = 3
 
+# How a rank's step ended; of several ranks the worst counts.
+_DONE, _DOES_NOT_FIT, _ERROR = 0.0, 1.0, 2.0
+
 # Fused, these create their state and then change all tensors of a group in one operation that
 # allocates nothing: whatever fails, fails before a parameter was touched.
 _IN_PLACE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 
 
-_Copies = list[tuple[list[torch.Tensor], Iterable[torch.Tensor]]]
+_Snapshot = OptimizerSnapshot | CounterSnapshot
 
 
 class GuardedStep:
@@ -58,9 +63,12 @@ class GuardedStep:
         max_norm: Clips the gradients to this norm before the step.
         scaler: The scaler of the gradients, for this optimizer alone; they are unscaled, checked
             and the scale updated here, so leave ``unscale_``, ``step`` and ``update`` out.
+        process_group: The ranks that step together, as in `AccumulatedBackward`: where one cannot,
+            none does.
 
     Attributes:
-        lost: What running out of memory has cost in all calls together.
+        lost: What running out of memory has cost in all calls together; of several ranks, what
+            this one has undone.
 
     Example:
         >>> step = GuardedStep(optimizer, max_norm=1.0)
@@ -77,6 +85,7 @@ class GuardedStep:
         *,
         max_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm={max_norm}; must be above 0, or None for no clipping.")
@@ -84,33 +93,92 @@ class GuardedStep:
         self._optimizer = optimizer
         self._max_norm = max_norm
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._kept: _Snapshot | None = None  # from a step that the other ranks may have undone
+        self._ranks: Ranks | None = None
+        if process_group is not None:
+            device = optimizer.param_groups[0]["params"][0].device
+            self._ranks = Ranks(process_group, device, numbers=2)
 
     def __call__(self) -> None:
         """Steps once with the gradients in ``.grad``.
 
         Raises:
             StepDoesNotFitError: The step does not fit. Parameters, optimizer state, scale and
-                random states are as before; gradients may be unscaled or clipped.
+                random states are as before, on all ranks; gradients may be unscaled or clipped.
+            RanksError: Another rank failed with an error of its own.
         """
+        if self._ranks is None:
+            self._step_alone()
+        else:
+            self._step_together(self._ranks)
+
+    def _step_alone(self) -> None:
         if self._scaler is not None:
             # It works part by part: with several, one that failed may have left some unscaled.
             attempts = ATTEMPTS if len(_parts(self._optimizer)) == 1 else 1
             self._survive("unscale_", partial(self._scaler.unscale_, self._optimizer), attempts)
         if self._max_norm is not None:
             self._clip(_parts(self._optimizer), self._max_norm)
-        self._survive("optimizer.step", self._step, guard=self._guard())
+        guard = self._guard()
+        if self._ranks is not None:
+            guard = partial(self._keep, guard)
+        self._survive("optimizer.step", self._step, guard=guard)
         if self._scaler is not None:
             self._survive("GradScaler.update", self._scaler.update)
 
-    def _guard(self) -> Callable[[bool], _Before | _Counters]:
+    def _step_together(self, ranks: Ranks) -> None:
+        """A step on every rank, or on none; each tries for itself, and then they agree."""
+        failed: BaseException | None = None
+        began, lost = time.perf_counter(), self.lost.seconds
+        try:
+            self._survive("the exchange between ranks", ranks.check_room)
+            scale = None if self._scaler is None else self._scaler.state_dict()
+            self._step_alone()
+        except BaseException as error:
+            failed = error
+        before, self._kept = self._kept, None
+        told, _ = ranks.tell(_report(failed))
+        worst = max(range(ranks.size), key=lambda rank: told[rank][0])
+        outcome, asked = told[worst]
+        if outcome == _DONE:
+            return
+        if outcome == _DOES_NOT_FIT:
+            if before is not None:
+                before.restore()
+            if self._scaler is None:
+                ranks.take_from(worst, self._changed_in_place())
+            elif failed is None and scale is not None:
+                self._scaler.load_state_dict(scale)
+            if failed is None:  # otherwise it is counted, as are own attempts before
+                self.lost.add(began + self.lost.seconds - lost)
+        raise failed if failed is not None else _elsewhere(worst, outcome, asked)
+
+    def _changed_in_place(self) -> list[torch.Tensor]:
+        """What has no copy because a step that fails leaves it alone; one that ends does not."""
+        if not _steps_in_place(self._optimizer):
+            return []
+        changed: list[torch.Tensor] = []
+        for p in _stepped(self._optimizer):
+            state = [
+                t for t in self._optimizer.state.get(p, {}).values() if isinstance(t, torch.Tensor)
+            ]
+            changed += [p, *(t for t in state if t.device == p.device)]
+        return changed
+
+    def _keep(self, guard: Callable[[bool], _Snapshot], on_host: bool) -> _Snapshot:
+        self._kept = None  # before another takes its place: there may be no room for both
+        self._kept = guard(on_host)
+        return self._kept
+
+    def _guard(self) -> Callable[[bool], _Snapshot]:
         optimizer = self._optimizer
         in_place = self._scaler is None and _steps_in_place(optimizer)
         parameters = _stepped(optimizer)
         if in_place and all(map(optimizer.state.get, parameters)):
-            return lambda on_host: _Counters(optimizer)
+            return lambda on_host: CounterSnapshot(optimizer)
         # The state of a later part is created when the first has already been stepped.
         in_place = in_place and len(_parts(optimizer)) <= 1
-        return partial(_Before, optimizer, parameters, in_place)
+        return partial(OptimizerSnapshot, optimizer, parameters, in_place)
 
     def _clip(self, parts: list[list[torch.Tensor]], max_norm: float) -> None:
         grads = [p.grad for part in parts for p in part if p.grad is not None]
@@ -130,7 +198,7 @@ class GuardedStep:
         what: str,
         action: Callable[[], Any],
         attempts: int = ATTEMPTS,
-        guard: Callable[[bool], _Before | _Counters] | None = None,
+        guard: Callable[[bool], _Snapshot] | None = None,
     ) -> Any:
         for attempt in range(attempts):
             began = time.perf_counter()
@@ -147,91 +215,7 @@ class GuardedStep:
         raise _does_not_fit(what, outcome)
 
 
-class _Before:
-    """What a step may change, before it; restored in place.
-
-    Args:
-        optimizer: About to step.
-        parameters: Those that it will change.
-        in_place: Whether parameters and large state need no copy.
-        on_host: Whether to keep the copies in the host's memory.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        parameters: list[torch.Tensor],
-        in_place: bool,
-        on_host: bool,
-    ) -> None:
-        self._optimizer = optimizer
-        self._attributes = dict(vars(optimizer))
-        self._state = {key: _containers_copied(e) for key, e in optimizer.state.items()}
-        self._settings = [_containers_copied(_settings(group)) for group in optimizer.param_groups]
-        kept = (*self._state.values(), *self._settings)
-        tensors = [x for e in kept for x in optree.tree_leaves(e) if isinstance(x, torch.Tensor)]
-        if in_place:
-            tensors = [t for t in tensors if t.numel() == 1]
-        else:
-            tensors += parameters
-        copies = [_copy(t, "cpu" if on_host else t.device) for t in tensors]
-        self._copies: _Copies = [(tensors, copies)]
-        # Nothing is drawn by those that step in place.
-        self._random = None if in_place else RandomStates(parameters)
-
-    def restore(self) -> None:
-        _write_back(self._copies)
-        state = self._optimizer.state
-        state.clear()
-        state.update(self._state)
-        for group, settings in zip(self._optimizer.param_groups, self._settings, strict=True):
-            parameters = group["params"]
-            group.clear()
-            group.update({"params": parameters, **settings})
-        vars(self._optimizer).clear()
-        vars(self._optimizer).update(self._attributes)
-        if self._random is not None:
-            self._random.restore()
-
-
-class _Counters:
-    """The step counters: all that is left half done by one that steps in place and has its state.
-
-    Args:
-        optimizer: About to step.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        counters = defaultdict(list)
-        for entry in optimizer.state.values():
-            if (step := entry.get("step")) is not None:
-                counters[step.device].append(step)
-        self._copies: _Copies = [(same, torch.stack(same)) for same in counters.values()]
-
-    def restore(self) -> None:
-        _write_back(self._copies)
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}
-
-
-def _copy(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    return tensor.detach().to(device, copy=True)
-
-
-def _containers_copied(tree: Any) -> Any:
-    return optree.tree_map(lambda leaf: leaf, tree)
-
-
-def _write_back(copies: _Copies) -> None:
-    with torch.no_grad():
-        for tensors, copied in copies:
-            for tensor, copy in zip(tensors, copied, strict=True):
-                tensor.copy_(copy)
-
-
-def _attempt(action: Callable[[], Any], guard: Callable[[], _Before | _Counters] | None) -> Any:
+def _attempt(action: Callable[[], Any], guard: Callable[[], _Snapshot] | None) -> Any:
     """What the action returns, or what ran out; then nothing is left of the attempt."""
     before = None
     try:
@@ -279,4 +263,23 @@ def _does_not_fit(what: str, verdict: OutOfMemory) -> StepDoesNotFitError:
     return StepDoesNotFitError(
         f"Out of memory ({verdict.kind}) in {what}{asked}; {remedy}.",
         bytes_requested=verdict.bytes_requested,
+    )
+
+
+def _report(failed: BaseException | None) -> tuple[float, float]:
+    """What a rank tells the others: how its step ended, and the bytes that were missing."""
+    if failed is None:
+        return _DONE, -1.0
+    if isinstance(failed, StepDoesNotFitError):
+        return _DOES_NOT_FIT, -1.0 if failed.bytes_requested is None else failed.bytes_requested
+    return _ERROR, -1.0
+
+
+def _elsewhere(rank: int, outcome: float, asked: float) -> Exception:
+    if outcome == _DOES_NOT_FIT:
+        missing = None if asked < 0 else int(asked)
+        return _does_not_fit("its step", OutOfMemory(f"rank {rank}", missing, True, ""))
+    return RanksError(
+        f"Rank {rank} failed in its step with an error of its own, which it raises, and this rank "
+        "has stepped: they may differ by now. Mend that error and start all ranks again."
     )
