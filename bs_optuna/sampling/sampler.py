@@ -17,6 +17,7 @@ from optuna.distributions import IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
 
 from bs_optuna.errors import ConfigError
 from bs_optuna.sampling import history
@@ -104,14 +105,24 @@ class CoupledSampler(BaseSampler):
             self._read = None
             return {}
         with one_thread():  # and one suggestion after the other: each knows the ones before
-            params = self._suggested(study, trial, search_space)
+            trials = self._trials(study, trial)
+            params = self._suggested(study, trial, search_space, trials)
+            if any(t.state == TrialState.RUNNING and t.number != trial.number for t in trials):
+                # Another process may have been given the same meanwhile.
+                trials = study.get_trials(deepcopy=False)
+                if any(t.params == params for t in trials):
+                    params = self._suggested(study, trial, search_space, trials)
             self._given[study.study_name, trial.number] = params
         return params
 
     def _suggested(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        search_space: dict[str, BaseDistribution],
+        trials: Sequence[FrozenTrial],
     ) -> dict[str, Any]:
-        trials = [t for t in self._trials(study, trial) if t.number != trial.number]
+        trials = [t for t in trials if t.number != trial.number]
         space = self._space(search_space)
         rng = self._rng(trial)
         fixed = space.fixed(_known(trial))

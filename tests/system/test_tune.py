@@ -234,7 +234,8 @@ def test_two_workers_search_for_what_fits_once(tmp_path: Path, model: str) -> No
     assert 20 <= len(found) <= 21  # the other worker was in the middle of one
     attempts = sum(t.user_attrs.get(attributes.OOM_ATTEMPTS, 0) for t in found)
     smallest = min(t.user_attrs[attributes.MICROBATCH_SIZE] for t in found)
-    assert attempts <= (1 if model == "traced" else math.log2(512 / smallest) + 1)
+    # Without a prediction two that begin at the same moment search at the same time.
+    assert attempts <= (1 if model == "traced" else 2 * (math.log2(512 / smallest) + 1))
 
 
 @pytest.mark.slow
