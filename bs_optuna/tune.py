@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         help="print what memory each batch size is predicted to take and stop",
     )
     loudness = parser.add_mutually_exclusive_group()
-    for word, text in (("quiet", "no progress"), ("verbose", "a line per trial")):
+    for word, text in (("quiet", "no progress"), ("verbose", "a line per trial in a terminal too")):
         loudness.add_argument(
             f"--{word}",
             dest="verbosity",

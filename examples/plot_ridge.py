@@ -3,11 +3,12 @@
     python examples/plot_ridge.py
 
 Trains the digits for one second a trial, so that the fastest batch size wins, and writes ridge.png.
-Needs the extra "plot".
+Needs the extra "plot": python -m pip install -c constraints.txt -e ".[plot]"
 """
 
 from __future__ import annotations
 
+import matplotlib  # noqa: F401 - missed here if it is not installed, not after the training
 import optuna
 import torch
 

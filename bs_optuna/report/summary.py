@@ -107,7 +107,9 @@ def _score(values: Sequence[float]) -> str:
     mean = f"{statistics.mean(values):.4g}"
     if len(values) < 2:
         return f"{mean}   (one run)"
-    return f"{mean} ± {statistics.stdev(values):.2g}   ({len(values)} runs with new seeds)"
+    spread = statistics.stdev(values)
+    shown = f"{spread:.2g}" if spread > 1e-6 else "0"  # below that it is what rounding left
+    return f"{mean} ± {shown}   ({len(values)} runs with new seeds)"
 
 
 def _evidence_rows(tuning: Tuning, conclusion: Conclusion | None) -> list[tuple[str, str]]:

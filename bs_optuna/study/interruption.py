@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from optuna import Trial
 
+from bs_optuna.sampling import attributes
 from bs_optuna.training.attempt import inherited
 
 
@@ -22,7 +23,10 @@ def requeue_interrupted(objective: Callable[[Trial], float]) -> Callable[[Trial]
             return objective(trial)
         except KeyboardInterrupt:
             if trial.params:
-                trial.study.enqueue_trial(trial.params, user_attrs=inherited(trial.user_attrs))
+                # With the seed of the first attempt, so that it is the same trial.
+                first = {attributes.FIRST_ATTEMPT: trial.number}
+                passed_on = {**first, **inherited(trial.user_attrs)}
+                trial.study.enqueue_trial(trial.params, user_attrs=passed_on)
             raise
 
     return wrapped

@@ -226,8 +226,8 @@ def device_named(name: str) -> torch.device | None:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device={name}; it cannot be used: {reason} Try device=auto.") from None
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"device={name}; it cannot be used: {reason}. Try device=auto.") from None
     return device
 
 

@@ -11,6 +11,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from bs_optuna.sampling import attributes
 from bs_optuna.study import open_study
 from bs_optuna.study import requeue_interrupted
 
@@ -52,6 +53,20 @@ def test_what_several_interrupted_workers_ran_is_run_once_more(
     done = [trial.params["x"] for trial in study.get_trials(states=[TrialState.COMPLETE])]
     assert set(done[:3]) == interrupted
     assert done[3] not in interrupted
+
+
+def test_a_trial_that_is_queued_again_keeps_the_seed_of_its_first_attempt(tmp_path: Path) -> None:
+    study = open_study(storage=f"sqlite:///{tmp_path / 'study.db'}", name="s")
+
+    def interrupted(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0.0, 1.0)
+        raise KeyboardInterrupt
+
+    for _ in range(2):  # the second time it is the trial that was queued
+        with pytest.raises(KeyboardInterrupt):
+            study.optimize(requeue_interrupted(interrupted), n_trials=1)
+        (waiting,) = study.get_trials(states=[TrialState.WAITING])
+        assert waiting.user_attrs[attributes.FIRST_ATTEMPT] == 0
 
 
 def test_a_mistake_is_not_queued_again(tmp_path: Path) -> None:
