@@ -7,9 +7,12 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import FrameType
 
 from bs_optuna.config import StudyConfig
 from bs_optuna.errors import EXIT_INTERRUPTED
@@ -30,13 +33,19 @@ def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
     """
     # The terminal sends Ctrl-C to all of its processes; the parent passes it on, once, as SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interruption = _Interruption()
+    signal.signal(signal.SIGTERM, interruption)
     threading.Thread(target=_outlive_no_parent, daemon=True).start()
     try:
-        _run_trials(config, checkpoints, pipe)
+        _run_trials(config, checkpoints, pipe, interruption)
     except UserError as error:
         _tell(pipe, "failed", str(error))
     except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception:
+        if not interruption.asked:
+            raise
+        # What it interrupted was cut in two; the parent queues the trial again.
         sys.exit(EXIT_INTERRUPTED)
 
 
@@ -58,7 +67,45 @@ def _outlive_no_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _run_trials(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
+class _Interruption:
+    """A signal handler that raises KeyboardInterrupt, later where it would cut a storing in two."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._deferred = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self._raise_if_asked()
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """A context in which it waits for the end."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        self._raise_if_asked()
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """A part of that context in which it does not wait."""
+        self._deferred = False
+        try:
+            self._raise_if_asked()
+            yield
+        finally:
+            self._deferred = True
+
+    def _raise_if_asked(self) -> None:
+        if self.asked and not self._deferred:
+            raise KeyboardInterrupt
+
+
+def _run_trials(
+    config: StudyConfig, checkpoints: Path, pipe: Connection, interruption: _Interruption
+) -> None:
     import torch
 
     from bs_optuna.study.tuning import prepare
@@ -69,11 +116,13 @@ def _run_trials(config: StudyConfig, checkpoints: Path, pipe: Connection) -> Non
     torch.set_num_threads(max(1, torch.get_num_threads() // config.worker_processes))
     tuning = prepare(config, load_task(config.task), checkpoints=checkpoints)
     while _is_asked(pipe):
-        tuning.run_one(
-            created=lambda trial: _tell(pipe, "created", trial.number),
-            started=lambda trial: _tell(pipe, "started", trial.number),
-            ended=lambda study, trial: _tell(pipe, "ended", trial.number),
-        )
+        with interruption.deferred():
+            tuning.run_one(
+                created=lambda trial: _tell(pipe, "created", trial.number),
+                started=lambda trial: _tell(pipe, "started", trial.number),
+                ended=lambda study, trial: _tell(pipe, "ended", trial.number),
+                training=interruption.allowed,
+            )
 
 
 def _is_asked(pipe: Connection) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +109,7 @@ class Tuning:
         created: Callable[[optuna.Trial], None],
         started: Callable[[optuna.Trial], None],
         ended: Ended,
+        training: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """Runs one trial, the first in the queue if there is one; for the rest see `run`.
 
@@ -115,13 +117,15 @@ class Tuning:
             created: Called when there is a trial, without any setting.
             started: Called when it has its batch size and learning rate.
             ended: Called after it.
+            training: Makes the context of what is not done by Optuna: all but storing its end.
         """
 
         def observed(trial: optuna.Trial) -> float:
-            created(trial)
-            self.objective.suggest(trial)
-            started(trial)
-            return self.objective(trial)
+            with training():
+                created(trial)
+                self.objective.suggest(trial)
+                started(trial)
+                return self.objective(trial)
 
         self._optimize(observed, n_trials=1, timeout=None, callbacks=[ended])
 
