@@ -58,12 +58,12 @@ class AccumulationPlan:
     @property
     def microbatch_size(self) -> int:
         """Samples in the largest microbatch."""
-        return self.sizes[0]
+        return -(-self.batch_size // self.accumulation_steps)
 
     @property
     def largest(self) -> int:
         """What the largest microbatch holds, in the unit of the limit: samples."""
-        return self.sizes[0]
+        return self.microbatch_size
 
     def halved(self) -> AccumulationPlan:
         """The plan to go on with when the largest microbatch of this one did not fit.

@@ -42,6 +42,7 @@ from bs_optuna.training.ranks import refuse_wrapped
 from bs_optuna.training.shared_pass import SharedPass
 from bs_optuna.training.snapshot import StepSnapshot
 from bs_optuna.training.snapshot import draws_foreign
+from bs_optuna.training.snapshot import parameters_of
 
 
 _logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class AccumulatedBackward:
 
     Args:
         model: Called as ``model(inputs)``, ``model(*inputs)`` for a tuple and ``model(**inputs)``
-            for a dict.
+            for a dict. Like an optimizer this looks after the parameters that the model has now.
         loss_fn: Called as ``loss_fn(outputs, targets)``; returns a scalar. Its parameters and
             buffers are looked after too if it is a module.
         microbatch_size: ``"auto"`` starts with the whole batch; a number starts there. The next
@@ -164,7 +165,8 @@ class AccumulatedBackward:
         self._autocast_dtype = autocast_dtype
         self._exact_batch_norm = batch_norm == "exact"
         self._warned = self._exact_batch_norm  # that microbatches change BatchNorm
-        devices = {p.device for module in self._modules for p in module.parameters()}
+        self._parameters = parameters_of(self._modules)
+        devices = {p.device for p in self._parameters}
         self._device = devices.pop() if len(devices) == 1 else None
         self._foreign = draws_foreign(model, loss_fn)
         self._buffer_copies: dict[tuple[int, str], torch.Tensor] = {}
@@ -269,7 +271,11 @@ class AccumulatedBackward:
 
     def _snapshot(self, batch: Batch) -> StepSnapshot:
         return StepSnapshot(
-            self._modules, batch, buffer_copies=self._buffer_copies, foreign=self._foreign
+            self._modules,
+            self._parameters,
+            batch,
+            buffer_copies=self._buffer_copies,
+            foreign=self._foreign,
         )
 
     def _run_part(self, plan: Plan, batch: Batch) -> tuple[torch.Tensor, float]:

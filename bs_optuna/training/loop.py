@@ -333,6 +333,8 @@ class TrainingRun:
         return result.loss
 
     def _check_lost(self) -> None:
+        if not any(lost.attempts for lost in self._losses):
+            return
         lost = self.lost
         if lost.attempts <= most_attempts(self._settings.batch_size):
             return

@@ -25,7 +25,8 @@ class StepSnapshot:
     generator that the model keeps for itself is not known here.
 
     Args:
-        modules: The modules whose parameters and buffers the step may change.
+        modules: The modules whose buffers the step may change.
+        parameters: Their parameters; looking for them takes longer than all the rest.
         batch: The pytree of tensors whose own gradients are looked after as well.
         buffer_copies: Memory for the copies of buffers, kept by the caller from step to step.
         foreign: Whether the random states of Python and NumPy may be drawn from.
@@ -34,13 +35,15 @@ class StepSnapshot:
     def __init__(
         self,
         modules: Sequence[nn.Module],
+        parameters: Sequence[nn.Parameter],
         batch: Any,
         *,
         buffer_copies: dict[tuple[int, str], torch.Tensor],
         foreign: bool,
     ) -> None:
         self._modules = modules
-        self._leaves = _leaves(modules, batch)
+        self._parameters = parameters
+        self._leaves = _leaves(parameters, batch)
         self._gradients = [leaf.grad for leaf in self._leaves]
         self._buffers = _copied_buffers(modules, buffer_copies)
         self._random = RandomStates(self._leaves, foreign=foreign)
@@ -56,7 +59,11 @@ class StepSnapshot:
                 leaf.grad.add_(before)
 
     def restore(self) -> None:
-        """Puts gradients, buffers and random states back to what they were."""
+        """Puts gradients, buffers and random states back to what they were.
+
+        Raises:
+            RuntimeError: There are parameters that were not given; all others are put back.
+        """
         for leaf, before in zip(self._leaves, self._gradients, strict=True):
             leaf.grad = before
         with torch.no_grad():
@@ -67,6 +74,18 @@ class StepSnapshot:
             if (id(module), name) not in known:  # None before the attempt
                 setattr(module, name, None)
         self._random.restore()
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        given = set(map(id, self._parameters))
+        for module in self._modules:
+            for name, parameter in module.named_parameters():
+                if id(parameter) not in given and parameter.grad is not None:
+                    raise RuntimeError(
+                        f"parameter {name!r} joined the model after its AccumulatedBackward was "
+                        "made, so its gradient could not be put back; zero the gradients and make "
+                        "a new AccumulatedBackward whenever the model changes."
+                    )
 
 
 @dataclass(frozen=True)
@@ -93,12 +112,17 @@ def _is_torchs(thing: object) -> bool:
     return str(getattr(thing, "__module__", "")).startswith("torch.")
 
 
-def _leaves(modules: Sequence[nn.Module], batch: Any) -> Sequence[torch.Tensor]:
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+def parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of all modules, each once."""
+    return list({id(p): p for module in modules for p in module.parameters()}.values())
+
+
+def _leaves(parameters: Sequence[nn.Parameter], batch: Any) -> Sequence[torch.Tensor]:
+    trained = [p for p in parameters if p.requires_grad]
     tensors = [t for t in optree.tree_leaves(batch) if t.requires_grad and t.is_leaf]
-    if len(modules) == 1 and not tensors:  # which names none of its parameters twice
-        return parameters
-    return list({id(t): t for t in (*parameters, *tensors)}.values())
+    if not tensors:
+        return trained
+    return list({id(t): t for t in (*trained, *tensors)}.values())
 
 
 def _copied_buffers(

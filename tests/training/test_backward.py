@@ -336,6 +336,17 @@ def test_buffers_that_are_replaced_or_made_leave_nothing_behind() -> None:
     assert len(backward._buffer_copies) == 2  # kept from step to step, not one for each
 
 
+def test_parameters_that_join_later_are_named_when_a_step_is_undone() -> None:
+    model = Hungry(fits=3)
+    backward = AccumulatedBackward(model, nn.functional.cross_entropy)
+    model.late = nn.Parameter(torch.ones(3))
+    model.late.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match="parameter 'late' joined the model after"):
+        backward(*images())
+    AccumulatedBackward(model, nn.functional.cross_entropy)(*images())
+    assert torch.equal(model.late.grad, torch.ones(3))
+
+
 def test_backing_off_halves_until_it_fits_and_stays_there() -> None:
     model = Hungry(fits=3)
     backward = AccumulatedBackward(model, nn.functional.cross_entropy)
