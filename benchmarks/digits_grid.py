@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
+from bs_optuna.errors import DivergedError
 from bs_optuna.tasks.digits import task as digits
 from bs_optuna.training.budget import Budget
-from bs_optuna.training.loop import DivergedError
-from bs_optuna.training.loop import RunSettings
 from bs_optuna.training.loop import TrainingRun
 from bs_optuna.training.memory_limit import memory_limit
+from bs_optuna.training.run_settings import RunSettings
 from bs_optuna.training.task import TrainingTask
 
 

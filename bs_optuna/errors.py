@@ -7,6 +7,7 @@ BsOptunaError
 │   ├── StudyError            the study: no database, read-only, another search space
 │   ├── WorkerError           worker processes end by an error, or die before any trial
 │   └── UntraceableError      the task's step cannot be predicted, only run
+├── DivergedError             the loss of a training is no finite number
 ├── ThrashingError            memory runs out again and again
 ├── RanksError                processes that train together differ, or another one failed
 ├── MicrobatchDoesNotFitError not even one sample fits into memory
@@ -47,6 +48,10 @@ class WorkerError(UserError):
 
 class UntraceableError(UserError):
     """A training step cannot be followed without running it."""
+
+
+class DivergedError(BsOptunaError, ArithmeticError):
+    """The loss is no finite number any more."""
 
 
 class ThrashingError(BsOptunaError, MemoryError):

@@ -42,9 +42,14 @@ class MicrobatchLimit:
     Args:
         most: Where it begins; None is the whole batch, whatever its size.
         regrow_after: W, at least 1; None never tries a larger one again.
+
+    Raises:
+        ValueError: W is below 1.
     """
 
     def __init__(self, most: int | None, *, regrow_after: int | None) -> None:
+        if regrow_after is not None and regrow_after < 1:
+            raise ValueError(f"regrow_after={regrow_after}; must be at least 1, or None for never.")
         self._most = most
         self._value = most
         self._regrow_after = regrow_after

@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
+from bs_optuna.errors import DivergedError
 from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.errors import StepDoesNotFitError
 from bs_optuna.errors import StudyError
@@ -16,7 +17,6 @@ from bs_optuna.sampling import attributes
 from bs_optuna.sampling.recommend import Recommendation
 from bs_optuna.sampling.recommend import recommend
 from bs_optuna.study.tuning import Tuning
-from bs_optuna.training.loop import DivergedError
 from bs_optuna.training.recipes import LONGEST_WARMUP
 
 

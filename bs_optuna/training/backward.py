@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 from typing import Literal
@@ -29,7 +28,7 @@ from bs_optuna.training.cutting import Trim
 from bs_optuna.training.lost import Lost
 from bs_optuna.training.normalization import WholeBatchStatistics
 from bs_optuna.training.normalization import needs_two_samples
-from bs_optuna.training.normalization import splits_batch_norm
+from bs_optuna.training.normalization import warn_of_split
 from bs_optuna.training.onednn import give_up_onednn
 from bs_optuna.training.onednn import working_onednn
 from bs_optuna.training.oom import OutOfMemory
@@ -145,8 +144,6 @@ class AccumulatedBackward:
             )
         if batch_norm not in ("microbatch", "exact"):
             raise ValueError(f"batch_norm={batch_norm!r}; must be 'microbatch' or 'exact'.")
-        if regrow_after is not None and regrow_after < 1:
-            raise ValueError(f"regrow_after={regrow_after}; must be at least 1, or None for never.")
         refuse_wrapped(model)
         self.lost = Lost()
         self._modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
@@ -212,7 +209,8 @@ class AccumulatedBackward:
         tried = [plan.largest]
         while True:
             if plan.accumulation_steps > 1 and not self._warned:
-                self._warn(plan, f"the batch of {plan.batch_size}", stacklevel=3)
+                self._warned = True
+                warn_of_split(self._modules, plan.microbatch_size, plan.batch_size, stacklevel=2)
             began = time.perf_counter()
             outcome = self._attempt(plan, batch)
             if isinstance(outcome, torch.Tensor):
@@ -234,17 +232,6 @@ class AccumulatedBackward:
             tried.append(plan.largest)
             setting = self._cutting.setting
             _logger.info("out of memory at %s=%d; now %d", setting, tried[-2], tried[-1])
-
-    def _warn(self, plan: Plan, whole: str, stacklevel: int) -> None:
-        self._warned = True
-        if splits_batch_norm(self._modules):
-            warnings.warn(
-                f"BatchNorm normalizes each microbatch of {plan.microbatch_size} samples by its "
-                f"own statistics instead of those of {whole}. Replace it "
-                "before training with bs_optuna.training.convert_batch_norm(model), or pass "
-                "batch_norm='exact' to keep at least its running statistics those of the batch.",
-                stacklevel=stacklevel,
-            )
 
     def _attempt(self, plan: Plan, batch: Batch) -> torch.Tensor | OutOfMemory:
         """The loss of the batch, or what ran out; then nothing is left of the attempt."""
@@ -281,7 +268,8 @@ class AccumulatedBackward:
     def _run_part(self, plan: Plan, batch: Batch) -> tuple[torch.Tensor, float]:
         """The loss of one rank's part of the batch, and what its mean is taken over."""
         if not self._warned:  # by the part alone, also where that is not cut
-            self._warn(plan, "the whole batch", stacklevel=6)
+            self._warned = True
+            warn_of_split(self._modules, plan.microbatch_size, None, stacklevel=5)
         with working_onednn():
             microbatches, held = self._cutting.microbatches(plan, batch, whole=False)
             if not microbatches:  # the other ranks may have targets

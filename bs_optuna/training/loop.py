@@ -14,14 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bs_optuna.errors import BsOptunaError
+from bs_optuna.errors import DivergedError
 from bs_optuna.errors import MicrobatchDoesNotFitError
-from bs_optuna.errors import ThrashingError
 from bs_optuna.science.accumulation import AccumulationPlan
 from bs_optuna.science.companions import warmup_steps
-from bs_optuna.science.memory import most_attempts
 from bs_optuna.training.backward import AccumulatedBackward
-from bs_optuna.training.budget import Budget
 from bs_optuna.training.checkpoint import CheckpointFile
 from bs_optuna.training.checkpoint import load_training_state
 from bs_optuna.training.checkpoint import training_state
@@ -29,12 +26,14 @@ from bs_optuna.training.data import Data
 from bs_optuna.training.data import training_batches
 from bs_optuna.training.evaluation import Evaluation
 from bs_optuna.training.lost import Lost
+from bs_optuna.training.lost import check_thrashing
 from bs_optuna.training.memory_limit import MemoryLimit
 from bs_optuna.training.peak_memory import PeakMemory
 from bs_optuna.training.random_states import restore_random_states
 from bs_optuna.training.recipes import LONGEST_WARMUP
 from bs_optuna.training.recipes import learning_rate_factor
 from bs_optuna.training.recipes import optimizer_factory
+from bs_optuna.training.run_settings import RunSettings
 from bs_optuna.training.rungs import rungs
 from bs_optuna.training.stepping import GuardedStep
 from bs_optuna.training.task import TrainingTask
@@ -43,42 +42,10 @@ from bs_optuna.training.task import TrainingTask
 # On accelerators reading a loss waits for the device; every so many steps is soon enough.
 STEPS_BETWEEN_CHECKS = 16
 SMALLEST_EVALUATION_BATCH = 256
-OOM_BUDGET = 0.5
 # Attributes of a run that say how far it is; the rest follows from the settings.
 _PROGRESS = (
     "samples", "steps", "failed_sizes", "_evaluated", "_training_seconds", "_step_progress"
 )  # fmt: skip
-
-
-class DivergedError(BsOptunaError, ArithmeticError):
-    """The loss is no finite number any more."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """What one run is trained with.
-
-    Attributes:
-        batch_size: Samples per optimizer step.
-        learning_rate: Peak of the schedule.
-        budget: When the run ends.
-        seed: Of the model's weights and the order of the data.
-        microbatch_size: Most samples in a microbatch, to begin with; None is the whole batch.
-        evaluation_batch_size: Most samples in a piece of an evaluation, to begin with; None leaves
-            it to the microbatch.
-        evaluations: How often to evaluate, the end included.
-        oom_budget: Largest part of the run's time that may be lost to running out of memory, once
-            there were more failures than any search for a size needs.
-    """
-
-    batch_size: int
-    learning_rate: float
-    budget: Budget
-    seed: int
-    microbatch_size: int | None = None
-    evaluation_batch_size: int | None = None
-    evaluations: int = 5
-    oom_budget: float = OOM_BUDGET
 
 
 @dataclass(frozen=True)
@@ -150,6 +117,11 @@ class TrainingRun:
     def batch_size(self) -> int:
         """Samples per optimizer step."""
         return self._settings.batch_size
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak of the schedule."""
+        return self._settings.learning_rate
 
     @property
     def accumulation_steps(self) -> int:
@@ -293,7 +265,7 @@ class TrainingRun:
         return self.steps / self._total
 
     def _step(self, batches: Iterator[tuple[Any, Any]]) -> None:
-        begin = time.perf_counter()
+        begin, settings = time.perf_counter(), self._settings
         inputs, targets = next(batches)
         # The middle of the step, so that neither the first nor the last one is lost to a rate of 0.
         middle = self._progress() + 0.5 * self._step_progress
@@ -309,14 +281,15 @@ class TrainingRun:
         self.fits = self.microbatch_size
         if len(self.failed_sizes) > failures:
             self._backed_off(self)
-        self.samples += self._settings.batch_size
+        self.samples += settings.batch_size
         self.steps += 1
         self._check(loss)
-        self._check_lost()
+        if any(lost.attempts for lost in self._losses):
+            check_thrashing(self.lost, settings.batch_size, self.seconds, settings.oom_budget)
         taken = time.perf_counter() - begin
         self._training_seconds += taken
-        if self._settings.budget.unit == "seconds":
-            self._step_progress = taken / self._settings.budget.amount
+        if settings.budget.unit == "seconds":
+            self._step_progress = taken / settings.budget.amount
 
     def _gradient(self, inputs: object, targets: object) -> torch.Tensor:
         try:
@@ -331,19 +304,6 @@ class TrainingRun:
             # What has never run here does not fit; only what has run may grow back to that.
             self._backward = self._make_backward()
         return result.loss
-
-    def _check_lost(self) -> None:
-        if not any(lost.attempts for lost in self._losses):
-            return
-        lost = self.lost
-        if lost.attempts <= most_attempts(self._settings.batch_size):
-            return
-        if lost.seconds > self._settings.oom_budget * self.seconds:
-            raise ThrashingError(
-                f"{lost.attempts} attempts that ran out of memory took {lost.seconds:.2g} of "
-                f"{self.seconds:.2g} s, more than oom_budget={self._settings.oom_budget:g}; "
-                "give the training memory that does not come and go, or raise oom_budget."
-            )
 
     def _check(self, loss: torch.Tensor) -> None:
         wait = self._device.type == "cpu" or self._settings.budget.unit == "seconds"

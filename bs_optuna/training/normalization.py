@@ -7,6 +7,7 @@ squared differences from m.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -50,13 +51,27 @@ def convert_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def splits_batch_norm(modules: Sequence[nn.Module]) -> bool:
-    """Whether a BatchNorm in training mode would normalize each microbatch by itself."""
-    return any(
-        isinstance(module, (*_BATCH_NORMS, nn.SyncBatchNorm)) and module.training
-        for root in modules
-        for module in root.modules()
-    )
+def warn_of_split(
+    modules: Sequence[nn.Module], microbatch_size: int, batch_size: int | None, *, stacklevel: int
+) -> None:
+    """Warns if a BatchNorm in training mode would normalize each microbatch by itself.
+
+    Args:
+        modules: What is trained.
+        microbatch_size: Samples in a microbatch.
+        batch_size: Samples in the batch; None where other ranks hold some of it.
+        stacklevel: As in ``warnings.warn``, seen from the caller.
+    """
+    parts = (part for root in modules for part in root.modules())
+    if any(isinstance(p, (*_BATCH_NORMS, nn.SyncBatchNorm)) and p.training for p in parts):
+        whole = "the whole batch" if batch_size is None else f"the batch of {batch_size}"
+        warnings.warn(
+            f"BatchNorm normalizes each microbatch of {microbatch_size} samples by its "
+            f"own statistics instead of those of {whole}. Replace it "
+            "before training with bs_optuna.training.convert_batch_norm(model), or pass "
+            "batch_norm='exact' to keep at least its running statistics those of the batch.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def needs_two_samples(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 
 from bs_optuna.errors import ConfigError
+from bs_optuna.errors import DivergedError
 from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.errors import TaskError
 from bs_optuna.errors import ThrashingError
@@ -23,9 +24,6 @@ from bs_optuna.training.budget import Budget
 from bs_optuna.training.known_sizes import KnownSizes
 from bs_optuna.training.known_sizes import known_sizes
 from bs_optuna.training.known_sizes import learned
-from bs_optuna.training.loop import OOM_BUDGET
-from bs_optuna.training.loop import DivergedError
-from bs_optuna.training.loop import RunSettings
 from bs_optuna.training.loop import TrainingRun
 from bs_optuna.training.memory_key import memory_key
 from bs_optuna.training.memory_limit import memory_limit as limit_memory
@@ -33,9 +31,12 @@ from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
 from bs_optuna.training.random_states import private_random_state
+from bs_optuna.training.run_settings import OOM_BUDGET
+from bs_optuna.training.run_settings import RunSettings
 from bs_optuna.training.starting_sizes import StartingSizes
 from bs_optuna.training.task import TrainingTask
 from bs_optuna.training.throughput import Throughput
+from bs_optuna.training.what_ran import what_ran
 
 
 # Samples of the step that is run before any limit is in force. Two, because BatchNorm cannot take
@@ -164,7 +165,7 @@ class TrainingObjective:
                 reason = f"memory: {verdict.message}"
                 release(error)
             finally:
-                self._store(trial, run, learning_rate, reason, attempt)
+                self._store(trial, run, reason, attempt)
                 attempt.remove_checkpoint()
         if reason is not None:
             if reason.startswith("memory"):
@@ -247,37 +248,18 @@ class TrainingObjective:
         return value, None
 
     def _store(
-        self,
-        trial: optuna.Trial,
-        run: TrainingRun,
-        learning_rate: float,
-        reason: str | None,
-        attempt: Attempt,
+        self, trial: optuna.Trial, run: TrainingRun, reason: str | None, attempt: Attempt
     ) -> None:
         measured = self._starting_sizes.measured or Throughput()
-        stored: dict[str, object] = {
-            attributes.LEARNING_RATE: learning_rate,
-            attributes.EFFECTIVE_BATCH_SIZE: run.batch_size,
-            attributes.MICROBATCH_SIZE: run.microbatch_size,
-            attributes.ACCUMULATION_STEPS: run.accumulation_steps,
-            attributes.BACKOFFS: len(run.failed_sizes),
-            attributes.PEAK_MEMORY_BYTES: run.peak_memory_bytes(),
-            attributes.SECONDS: run.seconds,
-            attributes.SAMPLES: run.samples,
-            attributes.STEPS: run.steps,
-            attributes.WARMUP: run.warmup,
-            attributes.DEVICE: str(self.device),
-            attributes.OOM_ATTEMPTS: run.lost.attempts or None,
-            attributes.OOM_SECONDS: run.lost.seconds or None,
-            attributes.THROUGHPUT: list(measured.rates.items()) or None,
-            attributes.PRUNE_REASON: reason,
-        }
         elsewhere = attempt.failed_sizes(fits=run.fits)
         if measured.fails is not None:
             elsewhere.append(measured.fails)
-        stored |= learned(run, self._memory_key, elsewhere=elsewhere)
-        stored |= {f"{attributes.VALID_PREFIX}{k}": mean for k, mean in run.values.items()}
-        _set(trial, stored)
+        stored = what_ran(run) | {
+            attributes.DEVICE: str(self.device),
+            attributes.THROUGHPUT: list(measured.rates.items()) or None,
+            attributes.PRUNE_REASON: reason,
+        }
+        _set(trial, stored | learned(run, self._memory_key, elsewhere=elsewhere))
         mark_memory(trial, fits=not (reason or "").startswith("memory"))
 
     def _known(self, study: optuna.Study) -> KnownSizes:

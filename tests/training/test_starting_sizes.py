@@ -137,7 +137,8 @@ PROGRAM = """
     from torch import nn
     from bs_optuna.sampling import attributes
     from bs_optuna.training import Budget, TrainingObjective, TrainingTask
-    from bs_optuna.training.loop import RunSettings, TrainingRun
+    from bs_optuna.training.loop import TrainingRun
+    from bs_optuna.training.run_settings import RunSettings
     from bs_optuna.training.memory_limit import memory_limit
     from bs_optuna.training import evaluation
 
