@@ -69,10 +69,13 @@ def _walk(
     rng: np.random.Generator,
     fixed: Mapping[int, float],
 ) -> Array:
-    point = space.middle() if index == 0 else space.uniform(rng, 1)[0]
+    anchor = anchored(space, prior)
+    # The other parameters stay in the middle, the best guess there is, until the model has a say:
+    # what differs between the trials of the walk is then due to the ridge.
+    walks = index == 0 or (anchor is not None and index < len(_WALK))
+    point = space.middle() if walks else space.uniform(rng, 1)[0]
     for j, coordinate in fixed.items():
         point[j] = coordinate
-    anchor = anchored(space, prior)
     if anchor is None or space.ridge is None:
         return point
     b, lr = space.ridge

@@ -72,6 +72,18 @@ def test_first_trials_are_the_reference_and_a_walk_along_the_ridge() -> None:
     assert 3e-4 < down["lr"] < 3e-3  # type: ignore[operator]
 
 
+def test_other_parameters_stay_in_the_middle_during_the_walk() -> None:
+    def with_others(trial: optuna.Trial) -> float:
+        trial.suggest_float("weight_decay", 1e-4, 1e-2, log=True)
+        trial.suggest_int("layers", 2, 6)
+        return objective(trial)
+
+    found = params(run(with_others, n_trials=4))
+    assert [p["layers"] for p in found[:3]] == [4, 4, 4]
+    assert [p["weight_decay"] for p in found[:3]] == pytest.approx([1e-3] * 3)
+    assert found[3]["weight_decay"] != pytest.approx(1e-3)  # from here on the model decides
+
+
 def test_maximising_is_minimising_the_negative() -> None:
     up = run(lambda t: -objective(t), direction="maximize")
     assert params(up) == params(run())
