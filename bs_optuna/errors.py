@@ -7,6 +7,7 @@ BsOptunaError
 │   ├── StudyError            the study: no database, read-only, another search space
 │   ├── WorkerError           worker processes end by an error, or die before any trial
 │   └── UntraceableError      the task's step cannot be predicted, only run
+├── TrainingError             the task's own code raised an error: status 1, with its traceback
 ├── ThrashingError            memory runs out again and again
 ├── RanksError                processes that train together differ, or another one failed
 ├── MicrobatchDoesNotFitError not even one sample fits into memory
@@ -47,6 +48,13 @@ class WorkerError(UserError):
 
 class UntraceableError(UserError):
     """A training step cannot be followed without running it."""
+
+
+class TrainingError(BsOptunaError, RuntimeError):
+    """A training ended by an unexpected error, its cause; as a rule one of the task's own code.
+
+    The command line prints that with its traceback, then this line, and exits with status 1.
+    """
 
 
 class ThrashingError(BsOptunaError, MemoryError):

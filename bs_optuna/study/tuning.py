@@ -22,6 +22,7 @@ from bs_optuna.errors import StudyError
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import is_out_of_memory
 from bs_optuna.sampling.sampler import CoupledSampler
+from bs_optuna.study.blame import named_errors
 from bs_optuna.study.interruption import requeue_interrupted
 from bs_optuna.study.opening import open_study
 from bs_optuna.study.storage import open_storage
@@ -87,13 +88,15 @@ class Tuning:
             ended: Called after each trial.
 
         Raises:
+            TrainingError: The task's own code raised an error.
             KeyboardInterrupt: A person stopped it; the trial that was running is queued again.
         """
 
         def observed(trial: optuna.Trial) -> float:
             self.objective.suggest(trial)
             started(trial)
-            return self.objective(trial)
+            with named_errors(_described(trial)):
+                return self.objective(trial)
 
         callbacks: list[Ended] = [
             ended,
@@ -125,7 +128,8 @@ class Tuning:
                 created(trial)
                 self.objective.suggest(trial)
                 started(trial)
-                return self.objective(trial)
+                with named_errors(_described(trial)):
+                    return self.objective(trial)
 
         self._optimize(observed, n_trials=1, timeout=None, callbacks=[ended])
 
@@ -204,6 +208,11 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
         attributes.CONFIG, {**config.model_dump(mode="json"), "storage": shown, "study": name}
     )
     return Tuning(task, objective, study, database, shown, _target(study, config.trials))
+
+
+def _described(trial: optuna.Trial) -> str:
+    batch_size, learning_rate = trial.params["batch_size"], trial.params["lr"]
+    return f"trial {trial.number} (batch_size={batch_size}, lr={learning_rate:.3g})"
 
 
 def _target(study: optuna.Study, trials: int) -> int:
