@@ -16,6 +16,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from bs_optuna.sampling import attributes
+from bs_optuna.sampling.recommend import Recommendation
 from bs_optuna.study.conclusion import Conclusion
 from bs_optuna.study.tuning import Tuning
 from bs_optuna.training.budget import Budget
@@ -23,6 +24,10 @@ from bs_optuna.training.budget import Budget
 
 INDENT = 23
 LINE_WIDTH = 98
+# The noise of a single run shows in trials with nearly the same setting. Below so many complete
+# ones within this factor of the recommendation, the model has only assumed how large it is.
+NEAR = 3
+NEAR_TRIALS = 5
 # What a budget can and cannot tell (Godbole et al., Deep Learning Tuning Playbook).
 _CAVEATS = {
     "samples": "equal samples favour small batches; for the fastest training compare seconds",
@@ -118,9 +123,7 @@ def _evidence_rows(tuning: Tuning, conclusion: Conclusion | None) -> list[tuple[
     if conclusion is not None and conclusion.evidence is not None:
         evidence = conclusion.evidence
         low, high = evidence.value_interval
-        rows.append(
-            ("sure", f"{evidence.probability_best:.0%} that no other tried setting is better")
-        )
+        rows.append(("best of those tried", _chance(tuning.study, conclusion, evidence)))
         rows.append(
             (
                 f"expected {tuning.task.objective}",
@@ -128,11 +131,36 @@ def _evidence_rows(tuning: Tuning, conclusion: Conclusion | None) -> list[tuple[
             )
         )
     elif conclusion is not None:
-        rows.append(("sure", "not at all: too few trials were completed; run more"))
+        rows.append(("best of those tried", "not known: too few trials were completed; run more"))
     rows.append(("trials", _counts(tuning.study)))
     if conclusion is not None:
         rows += [("note", note) for note in _edges(tuning, conclusion)]
     return rows
+
+
+def _chance(study: optuna.Study, conclusion: Conclusion, evidence: Recommendation) -> str:
+    """How likely no other setting tried is better, where trials nearby have shown the noise."""
+    near = sum(
+        max(
+            _ratio(trial.params["batch_size"], conclusion.batch_size),
+            _ratio(trial.params["lr"], conclusion.learning_rate),
+        )
+        <= NEAR
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    )
+    if near < NEAR_TRIALS:
+        return (
+            f"not known: {near} of {NEAR_TRIALS} complete trials within a factor of {NEAR} "
+            "that it takes to tell; run more"
+        )
+    return (
+        f"{evidence.probability_best:.0%} likely that no other setting tried is better, by however "
+        "little; near ties share the rest"
+    )
+
+
+def _ratio(one: float, other: float) -> float:
+    return max(one / other, other / one)
 
 
 def _edges(tuning: Tuning, conclusion: Conclusion) -> list[str]:

@@ -49,7 +49,7 @@ def test_the_summary_says_what_to_use_and_how_sure_that_is(tuning: Tuning) -> No
         "microbatch size",
         "(2 runs with new seeds)",
         "samples=400: equal samples favour small batches",
-        "no other tried setting is better",
+        "best of those tried",
         f"optuna-dashboard {tuning.storage}",
     ):
         assert words in text
@@ -116,3 +116,26 @@ def test_a_setting_at_the_edge_of_its_range_is_pointed_out(tuning: Tuning) -> No
     assert "lr is the lowest that was searched" in text
     inside = replace(conclusion, batch_size=64, learning_rate=1e-3)
     assert "was searched" not in shown(summary(tuning, inside))
+
+
+def test_the_chance_to_be_the_best_is_told_when_trials_nearby_have_shown_the_noise(
+    tuning: Tuning,
+) -> None:
+    study = optuna.create_study()
+    space = tuning.objective.search_space
+    near = [(32, 1e-3), (40, 1.5e-3), (24, 8e-4), (64, 1e-3)]
+    for k, (batch_size, lr) in enumerate([*near, (512, 1e-5), (16, 1e-1)]):
+        params = {"batch_size": batch_size, "lr": lr}
+        study.add_trial(optuna.create_trial(params=params, distributions=space, value=1 + 0.01 * k))
+    few = replace(tuning, study=study)
+    conclusion = conclude(few, final_runs=0)
+    assert conclusion is not None
+    assert "not known: 4 of 5 complete trials within a factor of 3" in shown(
+        summary(few, conclusion)
+    )
+    study.add_trial(
+        optuna.create_trial(params={"batch_size": 48, "lr": 1e-3}, distributions=space, value=1.02)
+    )
+    conclusion = conclude(few, final_runs=0)
+    assert conclusion is not None
+    assert "% likely that no other setting tried is better" in shown(summary(few, conclusion))

@@ -64,7 +64,7 @@ def test_a_study_runs_is_summed_up_and_goes_on(tmp_path: Path) -> None:
         "validation accuracy",
         "test accuracy",
         "compared at",
-        "sure",
+        "best of those tried",
         "0 failed",
         "optuna-dashboard sqlite:///studies/digits.db",
     ):
