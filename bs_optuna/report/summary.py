@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import optuna
+from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 from rich.console import Group
 from rich.console import RenderableType
@@ -28,6 +29,7 @@ LINE_WIDTH = 98
 # ones within this factor of the recommendation, the model has only assumed how large it is.
 NEAR = 3
 NEAR_TRIALS = 5
+NOTICEABLE = 1.25
 # What a budget can and cannot tell (Godbole et al., Deep Learning Tuning Playbook).
 _CAVEATS = {
     "samples": "equal samples favour small batches; for the fastest training compare seconds",
@@ -134,20 +136,15 @@ def _evidence_rows(tuning: Tuning, conclusion: Conclusion | None) -> list[tuple[
         rows.append(("best of those tried", "not known: too few trials were completed; run more"))
     rows.append(("trials", _counts(tuning.study)))
     if conclusion is not None:
-        rows += [("note", note) for note in _edges(tuning, conclusion)]
+        notes = _luckiest(tuning.study, conclusion) + _edges(tuning, conclusion)
+        rows += [("note", note) for note in notes]
     return rows
 
 
 def _chance(study: optuna.Study, conclusion: Conclusion, evidence: Recommendation) -> str:
     """How likely no other setting tried is better, where trials nearby have shown the noise."""
-    near = sum(
-        max(
-            _ratio(trial.params["batch_size"], conclusion.batch_size),
-            _ratio(trial.params["lr"], conclusion.learning_rate),
-        )
-        <= NEAR
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    )
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    near = sum(_distance(trial, conclusion) <= NEAR for trial in complete)
     if near < NEAR_TRIALS:
         return (
             f"not known: {near} of {NEAR_TRIALS} complete trials within a factor of {NEAR} "
@@ -159,8 +156,23 @@ def _chance(study: optuna.Study, conclusion: Conclusion, evidence: Recommendatio
     )
 
 
-def _ratio(one: float, other: float) -> float:
-    return max(one / other, other / one)
+def _distance(trial: FrozenTrial, conclusion: Conclusion) -> float:
+    """Factor between a trial's setting and the recommended one, the larger of the two."""
+    batch_sizes = trial.params["batch_size"] / conclusion.batch_size
+    rates = trial.params["lr"] / conclusion.learning_rate
+    return float(max(batch_sizes, 1 / batch_sizes, rates, 1 / rates))
+
+
+def _luckiest(study: optuna.Study, conclusion: Conclusion) -> list[str]:
+    """Why it is not the best trial, where that had a setting noticeably different."""
+    best = study.best_trial
+    if _distance(best, conclusion) < NOTICEABLE:
+        return []
+    return [
+        f"trial {best.number} (batch {best.params['batch_size']}, lr {best.params['lr']:.2e}) had "
+        f"the best value, {best.value:.4g}; the recommendation goes by the model's mean over all "
+        "trials, since a single one may have been lucky"
+    ]
 
 
 def _edges(tuning: Tuning, conclusion: Conclusion) -> list[str]:

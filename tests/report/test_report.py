@@ -139,3 +139,19 @@ def test_the_chance_to_be_the_best_is_told_when_trials_nearby_have_shown_the_noi
     conclusion = conclude(few, final_runs=0)
     assert conclusion is not None
     assert "% likely that no other setting tried is better" in shown(summary(few, conclusion))
+
+
+def test_a_best_trial_that_is_not_recommended_is_explained(tuning: Tuning) -> None:
+    best = tuning.study.best_trial
+    conclusion = conclude(tuning, final_runs=0)
+    assert conclusion is not None
+    other = replace(conclusion, learning_rate=best.params["lr"] * 2)
+    text = " ".join(shown(summary(tuning, other)).split())
+    named = f"trial {best.number} (batch {best.params['batch_size']}, lr {best.params['lr']:.2e})"
+    assert f"{named} had the best value, {best.value:.4g}; the recommendation goes by" in text
+    same = replace(
+        conclusion,
+        batch_size=best.params["batch_size"],
+        learning_rate=best.params["lr"] * 1.01,
+    )
+    assert "had the best value" not in shown(summary(tuning, same))
