@@ -81,8 +81,8 @@ class TrialProgress:
         self._bar.update(self._task, best=best)
         if self._lines:
             self._console.print(
-                f"trial {trial.number}: {_setting(trial.params)}, {_outcome(trial)}; {best}"
-                + self._time_left(),
+                f"trial {trial.number}: {_setting(trial.params)}{_cut(trial)}, {_outcome(trial)}; "
+                f"{best}{self._time_left()}",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -96,6 +96,14 @@ class TrialProgress:
 
 def _setting(params: dict[str, object]) -> str:
     return f"batch {params.get('batch_size', '?')}, lr {params.get('lr', float('nan')):.2e}"
+
+
+def _cut(trial: FrozenTrial) -> str:
+    """Into how many microbatches its batches were cut in the end, where they were."""
+    steps = trial.user_attrs.get(attributes.ACCUMULATION_STEPS, 1)
+    if steps == 1:
+        return ""
+    return f", microbatch {trial.user_attrs[attributes.MICROBATCH_SIZE]} x {steps}"
 
 
 def _outcome(trial: FrozenTrial) -> str:

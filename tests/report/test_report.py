@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from bs_optuna.study.conclusion import conclude
 from bs_optuna.study.tuning import Tuning
 from bs_optuna.study.tuning import prepare
 from bs_optuna.tasks import digits
+from bs_optuna.training.budget import Budget
+from bs_optuna.training.objective import TrainingObjective
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,13 @@ def tuning(tmp_path_factory: pytest.TempPathFactory) -> Tuning:
 def shown(renderable: object) -> str:
     console = Console(file=io.StringIO(), width=120)
     console.print(renderable)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def line(study: optuna.Study) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    TrialProgress(console, total=9, finished=0, verbosity="normal").ended(study, study.trials[0])
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -155,3 +165,13 @@ def test_a_best_trial_that_is_not_recommended_is_explained(tuning: Tuning) -> No
         learning_rate=best.params["lr"] * 1.01,
     )
     assert "had the best value" not in shown(summary(tuning, same))
+
+
+def test_a_trial_that_accumulated_shows_its_microbatches(tuning: Tuning) -> None:
+    study = optuna.create_study()
+    objective = TrainingObjective(
+        tuning.task, budget=Budget("steps", 2), batch_size=(64, 64), microbatch_size=24
+    )
+    study.optimize(objective, n_trials=1)
+    assert re.match(r"trial 0: batch 64, lr [\d.e+-]+, microbatch 22 x 3, ", line(study))
+    assert "microbatch" not in line(tuning.study)
