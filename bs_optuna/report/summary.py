@@ -17,6 +17,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from bs_optuna.sampling import attributes
+from bs_optuna.sampling.feasibility import is_out_of_memory
 from bs_optuna.sampling.recommend import Recommendation
 from bs_optuna.study.conclusion import Conclusion
 from bs_optuna.study.tuning import Tuning
@@ -135,10 +136,10 @@ def _evidence_rows(tuning: Tuning, conclusion: Conclusion | None) -> list[tuple[
     elif conclusion is not None:
         rows.append(("best of those tried", "not known: too few trials were completed; run more"))
     rows.append(("trials", _counts(tuning.study)))
+    notes = _too_large(tuning.study)
     if conclusion is not None:
-        notes = _luckiest(tuning.study, conclusion) + _edges(tuning, conclusion)
-        rows += [("note", note) for note in notes]
-    return rows
+        notes += _luckiest(tuning.study, conclusion) + _edges(tuning, conclusion)
+    return rows + [("note", note) for note in notes]
 
 
 def _chance(study: optuna.Study, conclusion: Conclusion, evidence: Recommendation) -> str:
@@ -173,6 +174,21 @@ def _luckiest(study: optuna.Study, conclusion: Conclusion) -> list[str]:
         f"the best value, {best.value:.4g}; the recommendation goes by the model's mean over all "
         "trials, since a single one may have been lucky"
     ]
+
+
+def _too_large(study: optuna.Study) -> list[str]:
+    """What helps where trials did not fit into memory, however small the microbatch."""
+    pruned = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
+    count = sum(map(is_out_of_memory, pruned))
+    if count == 0:
+        return []
+    limit = study.user_attrs.get(attributes.CONFIG, {}).get("memory_limit")
+    remedy = (
+        "take a smaller model or shorter samples"
+        if limit is None
+        else f"raise --memory-limit, now {limit / 2**20:.4g}MiB, or take a smaller model"
+    )
+    return [f"{count} {'trial' if count == 1 else 'trials'} did not fit into memory; {remedy}"]
 
 
 def _edges(tuning: Tuning, conclusion: Conclusion) -> list[str]:

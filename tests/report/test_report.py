@@ -16,6 +16,8 @@ from bs_optuna.errors import StudyError
 from bs_optuna.report.figure import ridge_figure
 from bs_optuna.report.progress import TrialProgress
 from bs_optuna.report.summary import summary
+from bs_optuna.sampling import attributes
+from bs_optuna.sampling.feasibility import mark_memory
 from bs_optuna.study.conclusion import conclude
 from bs_optuna.study.tuning import Tuning
 from bs_optuna.study.tuning import prepare
@@ -175,3 +177,26 @@ def test_a_trial_that_accumulated_shows_its_microbatches(tuning: Tuning) -> None
     study.optimize(objective, n_trials=1)
     assert re.match(r"trial 0: batch 64, lr [\d.e+-]+, microbatch 22 x 3, ", line(study))
     assert "microbatch" not in line(tuning.study)
+
+
+@pytest.mark.parametrize(
+    ("limit", "remedy"),
+    [
+        (2**21, "raise --memory-limit, now 2MiB, or take a smaller model"),
+        (None, "take a smaller model or shorter samples"),
+    ],
+)
+def test_trials_that_do_not_fit_come_with_the_remedy(
+    tuning: Tuning, limit: int | None, remedy: str
+) -> None:
+    study = optuna.create_study()
+    study.set_user_attr(attributes.CONFIG, {"memory_limit": limit})
+
+    def too_large(trial: optuna.Trial) -> float:
+        mark_memory(trial, fits=False)
+        raise optuna.TrialPruned
+
+    study.optimize(too_large, n_trials=2)
+    text = " ".join(shown(summary(replace(tuning, study=study), None)).split())
+    assert f"note 2 trials did not fit into memory; {remedy}" in text
+    assert "did not fit" not in shown(summary(tuning, None))

@@ -257,7 +257,7 @@ def test_a_limit_too_small_for_one_sample_ends_the_study_early(tmp_path: Path) -
     run = tune(tmp_path, str(WIDE_TASK), "--memory-limit", "1MiB", *SHORT)
     assert run.returncode == 1, run.stderr
     assert "nothing to recommend" in run.stdout
-    assert "memory" in run.stdout
+    assert "did not fit into memory; raise --memory-limit, now 1MiB" in run.stdout
     found = trials(tmp_path, "wide")
     assert [t.state for t in found] == [TrialState.PRUNED] * 3
 
