@@ -149,7 +149,9 @@ class StudyConfig(BaseModel):
         description="learning rates to search, LOW:HIGH (default: 1e-5:1e-1, SGD 1e-4:1)",
     )
     reference: Annotated[tuple[int, float] | None, BeforeValidator(_reference)] = Field(
-        None, description="a setting known to work, BATCH_SIZE:LEARNING_RATE"
+        None,
+        description="a setting known to work, BATCH_SIZE:LEARNING_RATE; where to begin, carried by "
+        "the scaling law to the nearest batch size that is searched",
     )
     optimizer: Literal["adamw", "sgd"] | None = Field(
         None, description="adamw or sgd (default: the task's)"

@@ -31,3 +31,9 @@ def named_errors(training: str) -> Iterator[None]:
             f"{training} ended by {type(error).__name__}{reason}; its traceback stands above. "
             "Finished trials are kept; mend it, and the same command goes on."
         ) from error
+
+
+def described(trial: optuna.Trial) -> str:
+    """A trial that has its batch size and learning rate, in a few words."""
+    batch_size, learning_rate = trial.params["batch_size"], trial.params["lr"]
+    return f"trial {trial.number} (batch_size={batch_size}, lr={learning_rate:.3g})"

@@ -22,6 +22,7 @@ from bs_optuna.errors import StudyError
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import is_out_of_memory
 from bs_optuna.sampling.sampler import CoupledSampler
+from bs_optuna.study.blame import described
 from bs_optuna.study.blame import named_errors
 from bs_optuna.study.interruption import requeue_interrupted
 from bs_optuna.study.opening import open_study
@@ -95,7 +96,7 @@ class Tuning:
         def observed(trial: optuna.Trial) -> float:
             self.objective.suggest(trial)
             started(trial)
-            with named_errors(_described(trial)):
+            with named_errors(described(trial)):
                 return self.objective(trial)
 
         callbacks: list[Ended] = [
@@ -128,7 +129,7 @@ class Tuning:
                 created(trial)
                 self.objective.suggest(trial)
                 started(trial)
-                with named_errors(_described(trial)):
+                with named_errors(described(trial)):
                     return self.objective(trial)
 
         self._optimize(observed, n_trials=1, timeout=None, callbacks=[ended])
@@ -163,7 +164,8 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
         checkpoints: Folder for the state of running trials; None writes none.
 
     Raises:
-        ConfigError: A device that is not there, or a limit that cannot be enforced.
+        ConfigError: A device that is not there, a limit that cannot be enforced, or a reference
+            whose learning rate is out of range.
         TaskError: The training data holds fewer samples than the largest batch size.
         StudyError: The storage cannot be used, or the study holds another experiment.
     """
@@ -171,6 +173,7 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
         task = replace(task, optimizer=config.optimizer)
     optimizer = task.optimizer if isinstance(task.optimizer, str) else "unknown"
     rates = config.lr or DEFAULT_LEARNING_RATES.get(optimizer, DEFAULT_LEARNING_RATES_ELSE)
+    _check_reference(config, rates)
     budget = Budget.parse(config.budget or f"samples={DEFAULT_PASSES * task.train_samples}")
     objective = TrainingObjective(
         task,
@@ -210,9 +213,21 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
     return Tuning(task, objective, study, database, shown, _target(study, config.trials))
 
 
-def _described(trial: optuna.Trial) -> str:
-    batch_size, learning_rate = trial.params["batch_size"], trial.params["lr"]
-    return f"trial {trial.number} (batch_size={batch_size}, lr={learning_rate:.3g})"
+def _check_reference(config: StudyConfig, rates: tuple[float, float]) -> None:
+    """Refuses a known setting that the ranges exclude; from another batch size the law carries it.
+
+    Raises:
+        ConfigError: Its batch size can be searched, its learning rate cannot.
+    """
+    if config.reference is None:
+        return
+    batch_size, learning_rate = config.reference
+    low, high = config.batch_size
+    if low <= batch_size <= high and not rates[0] <= learning_rate <= rates[1]:
+        raise ConfigError(
+            f"reference={batch_size}:{learning_rate:g}; its learning rate must lie in "
+            f"lr={rates[0]:g}:{rates[1]:g}. Widen that with --lr, or correct it."
+        )
 
 
 def _target(study: optuna.Study, trials: int) -> int:

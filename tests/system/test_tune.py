@@ -289,6 +289,10 @@ def test_mistakes_in_settings_end_before_anything_is_loaded(
         (["mnist"], "error: task='mnist'; must be built-in (digits, text)"),
         (["--batch-size", "16:4096"], "error: batch_size=4096 is more than the 1257 training"),
         (["--device", "cuda:99"], "error: device=cuda:99; it cannot be used"),
+        (
+            ["--reference", "32:5"],
+            "error: reference=32:5; its learning rate must lie in lr=1e-05:0.1. Widen that with",
+        ),
         (["--storage", "broken.db"], "error: "),
     ],
 )
