@@ -135,7 +135,8 @@ class StudyConfig(BaseModel):
     )
     storage: Annotated[str | None, BeforeValidator(_storage)] = Field(
         None,
-        description="storage URL, or an SQLite file (default: sqlite:///studies/STUDY.db)",
+        description="storage URL, or an SQLite file; its folder is made if no more than that is "
+        "missing (default: sqlite:///studies/STUDY.db)",
     )
     trials: Whole = Field(30, ge=1, description="trials in all; more if they are done already")
     timeout: Annotated[float | None, BeforeValidator(_number)] = Field(
