@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import optuna
-import torch
 from optuna.pruners import PercentilePruner
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
@@ -24,6 +23,7 @@ from bs_optuna.sampling.feasibility import is_out_of_memory
 from bs_optuna.sampling.sampler import CoupledSampler
 from bs_optuna.study.blame import described
 from bs_optuna.study.blame import named_errors
+from bs_optuna.study.device import device_named
 from bs_optuna.study.interruption import requeue_interrupted
 from bs_optuna.study.opening import open_study
 from bs_optuna.study.storage import open_storage
@@ -240,23 +240,6 @@ def _target(study: optuna.Study, trials: int) -> int:
     if finished < trials:
         return trials
     return finished + trials if concluded else finished
-
-
-def device_named(name: str) -> torch.device | None:
-    """The device of a setting; None for ``"auto"``.
-
-    Raises:
-        ConfigError: It cannot be used.
-    """
-    if name == "auto":
-        return None
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"device={name}; it cannot be used: {reason}. Try device=auto.") from None
-    return device
 
 
 def _check_experiment(study: optuna.Study, experiment: dict[str, str]) -> None:

@@ -288,6 +288,10 @@ def test_mistakes_in_settings_end_before_anything_is_loaded(
         (["nowhere.py"], "error: task='nowhere.py'; there is no file nowhere.py."),
         (["mnist"], "error: task='mnist'; must be built-in (digits, text)"),
         (["--batch-size", "16:4096"], "error: batch_size=4096 is more than the 1257 training"),
+        (
+            ["--device", "gpu"],
+            "error: device=gpu; there is no such kind of device. Try cuda, mps, cpu or auto.",
+        ),
         (["--device", "cuda:99"], "error: device=cuda:99; it cannot be used"),
         (
             ["--reference", "32:5"],
