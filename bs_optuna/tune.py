@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
 import shlex
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from bs_optuna.study.tuning import Tuning
 
 PROGRAM = "python -m bs_optuna.tune"
+UNKNOWN = "unrecognized arguments: "  # how argparse begins to say so
 EXIT_NO_RESULT = 1
 EXIT_USER_ERROR = 2
 
@@ -127,7 +129,12 @@ def _parser() -> argparse.ArgumentParser:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {PROGRAM} --help.")
+        remedy = f"see {PROGRAM} --help."
+        if message.startswith(UNKNOWN):
+            flag = message.removeprefix(UNKNOWN).split()[0].partition("=")[0]
+            close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            remedy = f"did you mean {close[0]}?" if close else remedy
+        raise ConfigError(f"{message}; {remedy}")
 
 
 def _dry_run(config: StudyConfig) -> int:

@@ -268,6 +268,14 @@ def test_a_limit_too_small_for_one_sample_ends_the_study_early(tmp_path: Path) -
         (["--trials", "none"], "error: trials=none; must be a whole number."),
         (["--batch-size", "64:16"], "error: batch_size=64:16; must be LOW:HIGH"),
         (["--frobnicate"], "error: unrecognized arguments: --frobnicate; see "),
+        (
+            ["a.py", "--batchsize=64"],
+            "error: unrecognized arguments: --batchsize=64; did you mean ",
+        ),
+        (
+            ["--batchsize", "64"],
+            "error: unrecognized arguments: --batchsize; did you mean --batch-",
+        ),
         (["my_task.py", "--task", "text"], "error: task=text and my_task.py; name one of them."),
         (["nowhere.toml"], "error: nowhere.toml: No such file or directory"),
     ],
