@@ -148,8 +148,8 @@ def _chance(study: optuna.Study, conclusion: Conclusion, evidence: Recommendatio
     near = sum(_distance(trial, conclusion) <= NEAR for trial in complete)
     if near < NEAR_TRIALS:
         return (
-            f"not known: {near} of {NEAR_TRIALS} complete trials within a factor of {NEAR} "
-            "that it takes to tell; run more"
+            f"not known: it takes {NEAR_TRIALS} complete trials within a factor of {NEAR} of this "
+            f"setting, and has {near}; run more"
         )
     return (
         f"{evidence.probability_best:.0%} likely that no other setting tried is better, by however "
