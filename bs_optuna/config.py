@@ -143,11 +143,12 @@ class StudyConfig(BaseModel):
         None, gt=0, description="start no trial after so many seconds"
     )
     batch_size: Annotated[tuple[int, int], BeforeValidator(_batch_sizes)] = Field(
-        (16, 512), description="batch sizes to search, LOW:HIGH"
+        (16, 512), description="batch sizes to search, LOW:HIGH, or the only one"
     )
     lr: Annotated[tuple[float, float] | None, BeforeValidator(_learning_rates)] = Field(
         None,
-        description="learning rates to search, LOW:HIGH (default: 1e-5:1e-1, SGD 1e-4:1)",
+        description="learning rates to search, LOW:HIGH, or the only one (default: 1e-5:1e-1, SGD "
+        "1e-4:1)",
     )
     reference: Annotated[tuple[int, float] | None, BeforeValidator(_reference)] = Field(
         None,
