@@ -26,7 +26,7 @@ Verbosity = Literal["quiet", "normal", "verbose"]
 
 
 class TrialProgress:
-    """Shows the trial that runs, the best so far and the time left.
+    """Shows the trial that runs, the best so far and the time left until the last one.
 
     Args:
         console: Where to show it.
@@ -91,7 +91,8 @@ class TrialProgress:
         if self._left <= 0 or self._ran == 0:
             return ""
         seconds = (time.perf_counter() - self._begin) / self._ran * self._left
-        return f"; about {datetime.timedelta(seconds=round(seconds))} left"
+        # The final runs come after them, and last as long as complete trials.
+        return f"; about {datetime.timedelta(seconds=round(seconds))} of trials left"
 
 
 def _setting(params: dict[str, object]) -> str:

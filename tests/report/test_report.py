@@ -92,6 +92,7 @@ def test_progress_is_as_loud_as_asked(
     assert isinstance(console.file, io.StringIO)
     written = console.file.getvalue()
     assert written.count("trial 0: batch") == lines
+    assert len(re.findall(r"; about \d:\d\d:\d\d of trials left", written)) == lines
     assert ("best" in written) == bool(lines)
 
 
