@@ -135,21 +135,25 @@ class StudyConfig(BaseModel):
     )
     storage: Annotated[str | None, BeforeValidator(_storage)] = Field(
         None,
-        description="storage URL, or an SQLite file (default: sqlite:///studies/STUDY.db)",
+        description="storage URL, or an SQLite file; its folder is made if no more than that is "
+        "missing (default: sqlite:///studies/STUDY.db)",
     )
     trials: Whole = Field(30, ge=1, description="trials in all; more if they are done already")
     timeout: Annotated[float | None, BeforeValidator(_number)] = Field(
         None, gt=0, description="start no trial after so many seconds"
     )
     batch_size: Annotated[tuple[int, int], BeforeValidator(_batch_sizes)] = Field(
-        (16, 512), description="batch sizes to search, LOW:HIGH"
+        (16, 512), description="batch sizes to search, LOW:HIGH, or the only one"
     )
     lr: Annotated[tuple[float, float] | None, BeforeValidator(_learning_rates)] = Field(
         None,
-        description="learning rates to search, LOW:HIGH (default: 1e-5:1e-1, SGD 1e-4:1)",
+        description="learning rates to search, LOW:HIGH, or the only one (default: 1e-5:1e-1, SGD "
+        "1e-4:1)",
     )
     reference: Annotated[tuple[int, float] | None, BeforeValidator(_reference)] = Field(
-        None, description="a setting known to work, BATCH_SIZE:LEARNING_RATE"
+        None,
+        description="a setting known to work, BATCH_SIZE:LEARNING_RATE; where to begin, carried by "
+        "the scaling law to the nearest batch size that is searched",
     )
     optimizer: Literal["adamw", "sgd"] | None = Field(
         None, description="adamw or sgd (default: the task's)"

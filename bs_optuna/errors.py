@@ -8,6 +8,8 @@ BsOptunaError
 │   ├── WorkerError           worker processes end by an error, or die before any trial
 │   └── UntraceableError      the task's step cannot be predicted, only run
 ├── DivergedError             the loss of a training is no finite number
+=======
+├── TrainingError             the task's own code raised an error: status 1, with its traceback
 ├── ThrashingError            memory runs out again and again
 ├── RanksError                processes that train together differ, or another one failed
 ├── MicrobatchDoesNotFitError not even one sample fits into memory
@@ -52,6 +54,13 @@ class UntraceableError(UserError):
 
 class DivergedError(BsOptunaError, ArithmeticError):
     """The loss is no finite number any more."""
+
+
+class TrainingError(BsOptunaError, RuntimeError):
+    """A training ended by an unexpected error, its cause; as a rule one of the task's own code.
+
+    The command line prints that with its traceback, then this line, and exits with status 1.
+    """
 
 
 class ThrashingError(BsOptunaError, MemoryError):

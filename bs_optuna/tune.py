@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from bs_optuna.config import StudyConfig
 from bs_optuna.config import make_config
 from bs_optuna.errors import EXIT_INTERRUPTED
 from bs_optuna.errors import ConfigError
+from bs_optuna.errors import TrainingError
 from bs_optuna.errors import UserError
 from bs_optuna.training.limit_environment import LIMIT_ENVIRONMENT
 from bs_optuna.training.limit_environment import is_prepared
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
     from bs_optuna.study.tuning import Tuning
 
 PROGRAM = "python -m bs_optuna.tune"
-EXIT_NOTHING_FOUND = 1
+UNKNOWN = "unrecognized arguments: "  # how argparse begins to say so
+EXIT_NO_RESULT = 1
 EXIT_USER_ERROR = 2
 
 
@@ -37,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        0; 1 if no trial could be completed; 2 after a mistake of the user; 130 after Ctrl-C.
+        0; 1 if no trial could be completed or the task's own code raised an error; 2 after another
+        mistake of the user; 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -45,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except TrainingError as error:
+        if error.__cause__ is not None:  # else a worker process has shown it
+            traceback.print_exception(error.__cause__)
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_NO_RESULT
     except KeyboardInterrupt:
         print("Interrupted before the first trial.", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -119,7 +129,12 @@ def _parser() -> argparse.ArgumentParser:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {PROGRAM} --help.")
+        remedy = f"see {PROGRAM} --help."
+        if message.startswith(UNKNOWN):
+            flag = message.removeprefix(UNKNOWN).split()[0].partition("=")[0]
+            close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            remedy = f"did you mean {close[0]}?" if close else remedy
+        raise ConfigError(f"{message}; {remedy}")
 
 
 def _dry_run(config: StudyConfig) -> int:
@@ -171,7 +186,7 @@ def _run(config: StudyConfig, arguments: list[str], verbosity: Verbosity) -> int
         return EXIT_INTERRUPTED
     width = console.width - 1 if console.is_terminal else LINE_WIDTH
     console.print(summary(tuning, conclusion, width=width), soft_wrap=True)
-    return 0 if conclusion is not None else EXIT_NOTHING_FOUND
+    return 0 if conclusion is not None else EXIT_NO_RESULT
 
 
 def _search(tuning: Tuning, config: StudyConfig, console: Console, verbosity: Verbosity) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -16,6 +17,7 @@ from types import FrameType
 
 from bs_optuna.config import StudyConfig
 from bs_optuna.errors import EXIT_INTERRUPTED
+from bs_optuna.errors import TrainingError
 from bs_optuna.errors import UserError
 
 
@@ -24,7 +26,8 @@ def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
 
     From the pipe it reads True for each trial that it shall run, and False when it is done with.
     It sends pairs: ``"created"``, ``"started"`` or ``"ended"`` with the number of a trial, or
-    ``"failed"`` with the one line that says what the user has to mend.
+    ``"failed"`` with the one line that says what the user has to mend, or ``"raised"`` with that of
+    an error of the task's code, whose traceback it has printed.
 
     Args:
         config: The settings of the study.
@@ -42,11 +45,15 @@ def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
         _tell(pipe, "failed", str(error))
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    except Exception:
-        if not interruption.asked:
+    except Exception as error:
+        if interruption.asked:
+            # What it interrupted was cut in two; the parent queues the trial again.
+            sys.exit(EXIT_INTERRUPTED)
+        if not isinstance(error, TrainingError):
             raise
-        # What it interrupted was cut in two; the parent queues the trial again.
-        sys.exit(EXIT_INTERRUPTED)
+        # Here, because tracebacks cannot be sent; the parent adds the line.
+        traceback.print_exception(error.__cause__)
+        _tell(pipe, "raised", str(error))
 
 
 def set_up_libraries() -> None:

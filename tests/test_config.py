@@ -20,6 +20,13 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     assert (config.memory_limit, config.reference, config.seed) == (2**30, (32, 1e-3), 0)
 
 
+def test_a_single_number_is_the_only_value_of_its_range(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text("batch_size = 64\n")
+    config = make_config(path, {"lr": "1e-3"})
+    assert (config.batch_size, config.lr) == ((64, 64), (1e-3, 1e-3))
+
+
 def test_what_is_shown_can_be_read(tmp_path: Path) -> None:
     config = make_config(
         None,

@@ -12,7 +12,7 @@ from rich.table import Table
 from bs_optuna.config import StudyConfig
 from bs_optuna.errors import ConfigError
 from bs_optuna.science.accumulation import AccumulationPlan
-from bs_optuna.study.tuning import device_named
+from bs_optuna.study.device import device_named
 from bs_optuna.training.memory_probe import MemoryProbe
 from bs_optuna.training.objective import default_device
 from bs_optuna.training.starting_sizes import as_limited

@@ -26,7 +26,7 @@ Verbosity = Literal["quiet", "normal", "verbose"]
 
 
 class TrialProgress:
-    """Shows the trial that runs, the best so far and the time left.
+    """Shows the trial that runs, the best so far and the time left until the last one.
 
     Args:
         console: Where to show it.
@@ -81,8 +81,8 @@ class TrialProgress:
         self._bar.update(self._task, best=best)
         if self._lines:
             self._console.print(
-                f"trial {trial.number}: {_setting(trial.params)}, {_outcome(trial)}; {best}"
-                + self._time_left(),
+                f"trial {trial.number}: {_setting(trial.params)}{_cut(trial)}, {_outcome(trial)}; "
+                f"{best}{self._time_left()}",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -91,11 +91,20 @@ class TrialProgress:
         if self._left <= 0 or self._ran == 0:
             return ""
         seconds = (time.perf_counter() - self._begin) / self._ran * self._left
-        return f"; about {datetime.timedelta(seconds=round(seconds))} left"
+        # The final runs come after them, and last as long as complete trials.
+        return f"; about {datetime.timedelta(seconds=round(seconds))} of trials left"
 
 
 def _setting(params: dict[str, object]) -> str:
     return f"batch {params.get('batch_size', '?')}, lr {params.get('lr', float('nan')):.2e}"
+
+
+def _cut(trial: FrozenTrial) -> str:
+    """Into how many microbatches its batches were cut in the end, where they were."""
+    steps = trial.user_attrs.get(attributes.ACCUMULATION_STEPS, 1)
+    if steps == 1:
+        return ""
+    return f", microbatch {trial.user_attrs[attributes.MICROBATCH_SIZE]} x {steps}"
 
 
 def _outcome(trial: FrozenTrial) -> str:

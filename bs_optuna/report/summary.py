@@ -10,12 +10,15 @@ from collections import Counter
 from collections.abc import Sequence
 
 import optuna
+from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 from rich.console import Group
 from rich.console import RenderableType
 from rich.text import Text
 
 from bs_optuna.sampling import attributes
+from bs_optuna.sampling.feasibility import is_out_of_memory
+from bs_optuna.sampling.recommend import Recommendation
 from bs_optuna.study.conclusion import Conclusion
 from bs_optuna.study.tuning import Tuning
 from bs_optuna.training.budget import Budget
@@ -23,6 +26,11 @@ from bs_optuna.training.budget import Budget
 
 INDENT = 23
 LINE_WIDTH = 98
+# The noise of a single run shows in trials with nearly the same setting. Below so many complete
+# ones within this factor of the recommendation, the model has only assumed how large it is.
+NEAR = 3
+NEAR_TRIALS = 5
+NOTICEABLE = 1.25
 # What a budget can and cannot tell (Godbole et al., Deep Learning Tuning Playbook).
 _CAVEATS = {
     "samples": "equal samples favour small batches; for the fastest training compare seconds",
@@ -118,9 +126,7 @@ def _evidence_rows(tuning: Tuning, conclusion: Conclusion | None) -> list[tuple[
     if conclusion is not None and conclusion.evidence is not None:
         evidence = conclusion.evidence
         low, high = evidence.value_interval
-        rows.append(
-            ("sure", f"{evidence.probability_best:.0%} that no other tried setting is better")
-        )
+        rows.append(("best of those tried", _chance(tuning.study, conclusion, evidence)))
         rows.append(
             (
                 f"expected {tuning.task.objective}",
@@ -128,11 +134,61 @@ def _evidence_rows(tuning: Tuning, conclusion: Conclusion | None) -> list[tuple[
             )
         )
     elif conclusion is not None:
-        rows.append(("sure", "not at all: too few trials were completed; run more"))
+        rows.append(("best of those tried", "not known: too few trials were completed; run more"))
     rows.append(("trials", _counts(tuning.study)))
+    notes = _too_large(tuning.study)
     if conclusion is not None:
-        rows += [("note", note) for note in _edges(tuning, conclusion)]
-    return rows
+        notes += _luckiest(tuning.study, conclusion) + _edges(tuning, conclusion)
+    return rows + [("note", note) for note in notes]
+
+
+def _chance(study: optuna.Study, conclusion: Conclusion, evidence: Recommendation) -> str:
+    """How likely no other setting tried is better, where trials nearby have shown the noise."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    near = sum(_distance(trial, conclusion) <= NEAR for trial in complete)
+    if near < NEAR_TRIALS:
+        return (
+            f"not known: it takes {NEAR_TRIALS} complete trials within a factor of {NEAR} of this "
+            f"setting, and has {near}; run more"
+        )
+    return (
+        f"{evidence.probability_best:.0%} likely that no other setting tried is better, by however "
+        "little; near ties share the rest"
+    )
+
+
+def _distance(trial: FrozenTrial, conclusion: Conclusion) -> float:
+    """Factor between a trial's setting and the recommended one, the larger of the two."""
+    batch_sizes = trial.params["batch_size"] / conclusion.batch_size
+    rates = trial.params["lr"] / conclusion.learning_rate
+    return float(max(batch_sizes, 1 / batch_sizes, rates, 1 / rates))
+
+
+def _luckiest(study: optuna.Study, conclusion: Conclusion) -> list[str]:
+    """Why it is not the best trial, where that had a setting noticeably different."""
+    best = study.best_trial
+    if _distance(best, conclusion) < NOTICEABLE:
+        return []
+    return [
+        f"trial {best.number} (batch {best.params['batch_size']}, lr {best.params['lr']:.2e}) had "
+        f"the best value, {best.value:.4g}; the recommendation goes by the model's mean over all "
+        "trials, since a single one may have been lucky"
+    ]
+
+
+def _too_large(study: optuna.Study) -> list[str]:
+    """What helps where trials did not fit into memory, however small the microbatch."""
+    pruned = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
+    count = sum(map(is_out_of_memory, pruned))
+    if count == 0:
+        return []
+    limit = study.user_attrs.get(attributes.CONFIG, {}).get("memory_limit")
+    remedy = (
+        "take a smaller model or shorter samples"
+        if limit is None
+        else f"raise --memory-limit, now {limit / 2**20:.4g}MiB, or take a smaller model"
+    )
+    return [f"{count} {'trial' if count == 1 else 'trials'} did not fit into memory; {remedy}"]
 
 
 def _edges(tuning: Tuning, conclusion: Conclusion) -> list[str]:

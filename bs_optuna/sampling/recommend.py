@@ -54,8 +54,9 @@ class Recommendation:
         trial_number: The trial that ran with them; None for a setting never tried.
         value: Expected objective value.
         value_interval: Where the value lies, noise of a single run apart.
-        probability_best: Probability that it is the best of the settings tried; None for a
-            setting never tried.
+        probability_best: Probability that it is the best of the settings tried, by however little:
+            small where many are nearly as good, and near 1 after a few trials far apart, whatever
+            lies between them. None for a setting never tried.
         exponent: Slope of ln lr* against ln B far below the critical batch size.
         exponent_interval: Where it lies.
         critical_batch_size: Batch size in samples around which the ridge goes flat.

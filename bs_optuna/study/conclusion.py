@@ -16,6 +16,7 @@ from bs_optuna.errors import StudyError
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.recommend import Recommendation
 from bs_optuna.sampling.recommend import recommend
+from bs_optuna.study.blame import named_errors
 from bs_optuna.study.tuning import Tuning
 from bs_optuna.training.recipes import LONGEST_WARMUP
 
@@ -63,6 +64,9 @@ def conclude(tuning: Tuning, *, final_runs: int) -> Conclusion | None:
 
     Returns:
         None if no trial was completed.
+
+    Raises:
+        TrainingError: The task's own code raised an error.
     """
     trial, evidence = _recommended(tuning.study)
     if trial is None:
@@ -72,12 +76,13 @@ def conclude(tuning: Tuning, *, final_runs: int) -> Conclusion | None:
     failed = 0
     for k in range(final_runs):
         try:
-            run = tuning.objective.confirm(
-                trial.params["batch_size"],
-                trial.params["lr"],
-                seed=tuning.objective.seed + FINAL_SEEDS + k,
-                study=tuning.study,
-            )
+            with named_errors(f"final run {k + 1} of trial {trial.number}'s setting"):
+                run = tuning.objective.confirm(
+                    trial.params["batch_size"],
+                    trial.params["lr"],
+                    seed=tuning.objective.seed + FINAL_SEEDS + k,
+                    study=tuning.study,
+                )
         except (DivergedError, MicrobatchDoesNotFitError, StepDoesNotFitError):
             failed += 1
             continue

@@ -36,6 +36,12 @@ JOURNAL_SUFFIXES = (".journal", ".log")
 HEARTBEAT_INTERVAL_S = 60
 MAX_RETRY = 2  # how often a trial whose worker died is run again
 _ATTEMPTS = 8  # of workers that make the same tables at the same time; two are enough as a rule
+# What to install for a kind of database, and how its URLs then begin.
+_DRIVERS = {
+    "postgresql": "run pip install 'bs_optuna[postgresql]' and write postgresql+psycopg://...",
+    "mysql": "run pip install PyMySQL and write mysql+pymysql://...",
+    "mariadb": "run pip install PyMySQL and write mariadb+pymysql://...",
+}
 _EXAMPLES = "sqlite:///studies/mine.db, postgresql://user@host/database or studies/mine.journal"
 
 
@@ -103,7 +109,7 @@ def _check_connection(url: sqlalchemy.URL) -> None:
     except ImportError as error:
         raise StudyError(
             f"{_hide_password(url)} needs a driver that is not installed ({error}); "
-            "install it, e.g. python -m pip install 'bs_optuna[postgresql]'"
+            + _DRIVERS.get(url.get_backend_name(), "install the one it names")
         ) from error
     except ArgumentError as error:
         raise StudyError(

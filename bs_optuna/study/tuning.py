@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import optuna
-import torch
 from optuna.pruners import PercentilePruner
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
@@ -22,6 +21,9 @@ from bs_optuna.errors import StudyError
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import is_out_of_memory
 from bs_optuna.sampling.sampler import CoupledSampler
+from bs_optuna.study.blame import described
+from bs_optuna.study.blame import named_errors
+from bs_optuna.study.device import device_named
 from bs_optuna.study.interruption import requeue_interrupted
 from bs_optuna.study.opening import open_study
 from bs_optuna.study.storage import open_storage
@@ -87,13 +89,15 @@ class Tuning:
             ended: Called after each trial.
 
         Raises:
+            TrainingError: The task's own code raised an error.
             KeyboardInterrupt: A person stopped it; the trial that was running is queued again.
         """
 
         def observed(trial: optuna.Trial) -> float:
             self.objective.suggest(trial)
             started(trial)
-            return self.objective(trial)
+            with named_errors(described(trial)):
+                return self.objective(trial)
 
         callbacks: list[Ended] = [
             ended,
@@ -125,7 +129,8 @@ class Tuning:
                 created(trial)
                 self.objective.suggest(trial)
                 started(trial)
-                return self.objective(trial)
+                with named_errors(described(trial)):
+                    return self.objective(trial)
 
         self._optimize(observed, n_trials=1, timeout=None, callbacks=[ended])
 
@@ -159,7 +164,8 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
         checkpoints: Folder for the state of running trials; None writes none.
 
     Raises:
-        ConfigError: A device that is not there, or a limit that cannot be enforced.
+        ConfigError: A device that is not there, a limit that cannot be enforced, or a reference
+            whose learning rate is out of range.
         TaskError: The training data holds fewer samples than the largest batch size.
         StudyError: The storage cannot be used, or the study holds another experiment.
     """
@@ -167,6 +173,7 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
         task = replace(task, optimizer=config.optimizer)
     optimizer = task.optimizer if isinstance(task.optimizer, str) else "unknown"
     rates = config.lr or DEFAULT_LEARNING_RATES.get(optimizer, DEFAULT_LEARNING_RATES_ELSE)
+    _check_reference(config, rates)
     budget = Budget.parse(config.budget or f"samples={DEFAULT_PASSES * task.train_samples}")
     objective = TrainingObjective(
         task,
@@ -206,6 +213,23 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
     return Tuning(task, objective, study, database, shown, _target(study, config.trials))
 
 
+def _check_reference(config: StudyConfig, rates: tuple[float, float]) -> None:
+    """Refuses a known setting that the ranges exclude; from another batch size the law carries it.
+
+    Raises:
+        ConfigError: Its batch size can be searched, its learning rate cannot.
+    """
+    if config.reference is None:
+        return
+    batch_size, learning_rate = config.reference
+    low, high = config.batch_size
+    if low <= batch_size <= high and not rates[0] <= learning_rate <= rates[1]:
+        raise ConfigError(
+            f"reference={batch_size}:{learning_rate:g}; its learning rate must lie in "
+            f"lr={rates[0]:g}:{rates[1]:g}. Widen that with --lr, or correct it."
+        )
+
+
 def _target(study: optuna.Study, trials: int) -> int:
     """Finished trials to have in the end: those asked for, or if they are there, as many more.
 
@@ -216,23 +240,6 @@ def _target(study: optuna.Study, trials: int) -> int:
     if finished < trials:
         return trials
     return finished + trials if concluded else finished
-
-
-def device_named(name: str) -> torch.device | None:
-    """The device of a setting; None for ``"auto"``.
-
-    Raises:
-        ConfigError: It cannot be used.
-    """
-    if name == "auto":
-        return None
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"device={name}; it cannot be used: {reason}. Try device=auto.") from None
-    return device
 
 
 def _check_experiment(study: optuna.Study, experiment: dict[str, str]) -> None:

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from bs_optuna.errors import EXIT_INTERRUPTED
+from bs_optuna.errors import TrainingError
 from bs_optuna.errors import WorkerError
 from bs_optuna.sampling import attributes
 from bs_optuna.study.tuning import Ended
@@ -57,6 +58,7 @@ def run_in_workers(
         ended: Called after each trial.
 
     Raises:
+        TrainingError: The task's own code raised an error, which its worker has printed.
         WorkerError: A worker ended by an error, or several in a row were killed before any trial.
         KeyboardInterrupt: A person stopped it; the trials that were running are queued again.
     """
@@ -185,6 +187,8 @@ class _Crew:
     def _hear(self, worker: _Worker, event: str, what: int | str) -> None:
         if event == "failed":
             raise WorkerError(what)
+        if event == "raised":
+            raise TrainingError(what)
         trial = self._trial(int(what))
         if event == "created":
             worker.trial = trial.number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,14 @@ from bs_optuna.errors import StudyError
 from bs_optuna.report.figure import ridge_figure
 from bs_optuna.report.progress import TrialProgress
 from bs_optuna.report.summary import summary
+from bs_optuna.sampling import attributes
+from bs_optuna.sampling.feasibility import mark_memory
 from bs_optuna.study.conclusion import conclude
 from bs_optuna.study.tuning import Tuning
 from bs_optuna.study.tuning import prepare
 from bs_optuna.tasks import digits
+from bs_optuna.training.budget import Budget
+from bs_optuna.training.objective import TrainingObjective
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +44,13 @@ def shown(renderable: object) -> str:
     return console.file.getvalue()
 
 
+def line(study: optuna.Study) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    TrialProgress(console, total=9, finished=0, verbosity="normal").ended(study, study.trials[0])
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
 def test_the_summary_says_what_to_use_and_how_sure_that_is(tuning: Tuning) -> None:
     conclusion = conclude(tuning, final_runs=2)
     assert conclusion is not None
@@ -49,7 +61,7 @@ def test_the_summary_says_what_to_use_and_how_sure_that_is(tuning: Tuning) -> No
         "microbatch size",
         "(2 runs with new seeds)",
         "samples=400: equal samples favour small batches",
-        "no other tried setting is better",
+        "best of those tried",
         f"optuna-dashboard {tuning.storage}",
     ):
         assert words in text
@@ -80,6 +92,7 @@ def test_progress_is_as_loud_as_asked(
     assert isinstance(console.file, io.StringIO)
     written = console.file.getvalue()
     assert written.count("trial 0: batch") == lines
+    assert len(re.findall(r"; about \d:\d\d:\d\d of trials left", written)) == lines
     assert ("best" in written) == bool(lines)
 
 
@@ -116,3 +129,74 @@ def test_a_setting_at_the_edge_of_its_range_is_pointed_out(tuning: Tuning) -> No
     assert "lr is the lowest that was searched" in text
     inside = replace(conclusion, batch_size=64, learning_rate=1e-3)
     assert "was searched" not in shown(summary(tuning, inside))
+
+
+def test_the_chance_to_be_the_best_is_told_when_trials_nearby_have_shown_the_noise(
+    tuning: Tuning,
+) -> None:
+    study = optuna.create_study()
+    space = tuning.objective.search_space
+    near = [(32, 1e-3), (40, 1.5e-3), (24, 8e-4), (64, 1e-3)]
+    for k, (batch_size, lr) in enumerate([*near, (512, 1e-5), (16, 1e-1)]):
+        params = {"batch_size": batch_size, "lr": lr}
+        study.add_trial(optuna.create_trial(params=params, distributions=space, value=1 + 0.01 * k))
+    few = replace(tuning, study=study)
+    conclusion = conclude(few, final_runs=0)
+    assert conclusion is not None
+    text = " ".join(shown(summary(few, conclusion)).split())
+    assert "it takes 5 complete trials within a factor of 3 of this setting, and has 4; run" in text
+    study.add_trial(
+        optuna.create_trial(params={"batch_size": 48, "lr": 1e-3}, distributions=space, value=1.02)
+    )
+    conclusion = conclude(few, final_runs=0)
+    assert conclusion is not None
+    assert "% likely that no other setting tried is better" in shown(summary(few, conclusion))
+
+
+def test_a_best_trial_that_is_not_recommended_is_explained(tuning: Tuning) -> None:
+    best = tuning.study.best_trial
+    conclusion = conclude(tuning, final_runs=0)
+    assert conclusion is not None
+    other = replace(conclusion, learning_rate=best.params["lr"] * 2)
+    text = " ".join(shown(summary(tuning, other)).split())
+    named = f"trial {best.number} (batch {best.params['batch_size']}, lr {best.params['lr']:.2e})"
+    assert f"{named} had the best value, {best.value:.4g}; the recommendation goes by" in text
+    same = replace(
+        conclusion,
+        batch_size=best.params["batch_size"],
+        learning_rate=best.params["lr"] * 1.01,
+    )
+    assert "had the best value" not in shown(summary(tuning, same))
+
+
+def test_a_trial_that_accumulated_shows_its_microbatches(tuning: Tuning) -> None:
+    study = optuna.create_study()
+    objective = TrainingObjective(
+        tuning.task, budget=Budget("steps", 2), batch_size=(64, 64), microbatch_size=24
+    )
+    study.optimize(objective, n_trials=1)
+    assert re.match(r"trial 0: batch 64, lr [\d.e+-]+, microbatch 22 x 3, ", line(study))
+    assert "microbatch" not in line(tuning.study)
+
+
+@pytest.mark.parametrize(
+    ("limit", "remedy"),
+    [
+        (2**21, "raise --memory-limit, now 2MiB, or take a smaller model"),
+        (None, "take a smaller model or shorter samples"),
+    ],
+)
+def test_trials_that_do_not_fit_come_with_the_remedy(
+    tuning: Tuning, limit: int | None, remedy: str
+) -> None:
+    study = optuna.create_study()
+    study.set_user_attr(attributes.CONFIG, {"memory_limit": limit})
+
+    def too_large(trial: optuna.Trial) -> float:
+        mark_memory(trial, fits=False)
+        raise optuna.TrialPruned
+
+    study.optimize(too_large, n_trials=2)
+    text = " ".join(shown(summary(replace(tuning, study=study), None)).split())
+    assert f"note 2 trials did not fit into memory; {remedy}" in text
+    assert "did not fit" not in shown(summary(tuning, None))

@@ -42,10 +42,22 @@ def test_a_database_that_nobody_knows() -> None:
     assert refused("nosuch://host/x").startswith("nosuch://host/x is of no kind that SQLAlchemy")
 
 
-@pytest.mark.parametrize("url", ["mysql+asyncmy://u:secret@host/x", "oracle://u:secret@host/x"])
-def test_a_driver_that_is_not_installed(url: str) -> None:
-    message = refused(url)
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [
+        ("mysql+asyncmy", "run pip install PyMySQL and write mysql+pymysql://..."),
+        ("mariadb+asyncmy", "run pip install PyMySQL and write mariadb+pymysql://..."),
+        (
+            "postgresql+psycopg2cffi",
+            "run pip install 'bs_optuna[postgresql]' and write postgresql+psycopg://...",
+        ),
+        ("oracle", "install the one it names"),
+    ],
+)
+def test_a_driver_that_is_not_installed(kind: str, remedy: str) -> None:
+    message = refused(f"{kind}://u:secret@host/x")
     assert "needs a driver that is not installed (No module named" in message
+    assert message.endswith(remedy)
     assert "secret" not in message
     assert "u:***@host" in message
 

@@ -64,7 +64,7 @@ def test_a_study_runs_is_summed_up_and_goes_on(tmp_path: Path) -> None:
         "validation accuracy",
         "test accuracy",
         "compared at",
-        "sure",
+        "best of those tried",
         "0 failed",
         "optuna-dashboard sqlite:///studies/digits.db",
     ):
@@ -257,7 +257,7 @@ def test_a_limit_too_small_for_one_sample_ends_the_study_early(tmp_path: Path) -
     run = tune(tmp_path, str(WIDE_TASK), "--memory-limit", "1MiB", *SHORT)
     assert run.returncode == 1, run.stderr
     assert "nothing to recommend" in run.stdout
-    assert "memory" in run.stdout
+    assert "did not fit into memory; raise --memory-limit, now 1MiB" in run.stdout
     found = trials(tmp_path, "wide")
     assert [t.state for t in found] == [TrialState.PRUNED] * 3
 
@@ -268,6 +268,14 @@ def test_a_limit_too_small_for_one_sample_ends_the_study_early(tmp_path: Path) -
         (["--trials", "none"], "error: trials=none; must be a whole number."),
         (["--batch-size", "64:16"], "error: batch_size=64:16; must be LOW:HIGH"),
         (["--frobnicate"], "error: unrecognized arguments: --frobnicate; see "),
+        (
+            ["a.py", "--batchsize=64"],
+            "error: unrecognized arguments: --batchsize=64; did you mean ",
+        ),
+        (
+            ["--batchsize", "64"],
+            "error: unrecognized arguments: --batchsize; did you mean --batch-",
+        ),
         (["my_task.py", "--task", "text"], "error: task=text and my_task.py; name one of them."),
         (["nowhere.toml"], "error: nowhere.toml: No such file or directory"),
     ],
@@ -288,7 +296,15 @@ def test_mistakes_in_settings_end_before_anything_is_loaded(
         (["nowhere.py"], "error: task='nowhere.py'; there is no file nowhere.py."),
         (["mnist"], "error: task='mnist'; must be built-in (digits, text)"),
         (["--batch-size", "16:4096"], "error: batch_size=4096 is more than the 1257 training"),
+        (
+            ["--device", "gpu"],
+            "error: device=gpu; there is no such kind of device. Try cuda, mps, cpu or auto.",
+        ),
         (["--device", "cuda:99"], "error: device=cuda:99; it cannot be used"),
+        (
+            ["--reference", "32:5"],
+            "error: reference=32:5; its learning rate must lie in lr=1e-05:0.1. Widen that with",
+        ),
         (["--storage", "broken.db"], "error: "),
     ],
 )

@@ -215,7 +215,6 @@ def test_a_worker_does_not_outlive_its_parent_and_its_trial_is_queued(tmp_path: 
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("raise ArithmeticError('my own')", "error: a worker ended with exit status 1 in trial 0;"),
         ("os._exit(7)", "error: a worker ended with exit status 7 in trial 0;"),
         ("raise TaskError('mend me')", "error: mend me"),
     ],
@@ -243,7 +242,6 @@ def task():
     run = tune(tmp_path, "wrong.py", "--isolate", "--trials", "3", *SHORT)
     assert run.returncode == 2, run.stdout
     assert run.stderr.splitlines()[-1].startswith(message)
-    assert ("ArithmeticError: my own" in run.stderr) == ("Arithmetic" in code)
     (trial,) = trials(tmp_path)
     assert trial.state == TrialState.FAIL
     assert nothing_is_left(tmp_path)

@@ -1,0 +1,91 @@
+"""An error in the task's own code: the same in one process and in workers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from bs_optuna.study import open_study
+
+
+# Its loss raises once a trial is stored, or where it sees the test data, whose targets are 9.
+TASK = """
+import sqlite3
+import torch
+from bs_optuna.training import TrainingTask
+
+def a_trial_is_stored():
+    query = "SELECT count(*) FROM trials WHERE state = 'COMPLETE'"
+    with sqlite3.connect("studies/wrong.db") as connection:
+        return connection.execute(query).fetchone()[0] > 0
+
+def loss(outputs, targets):
+    if WHEN:
+        raise ArithmeticError("my own\\nand more")
+    return ((outputs - targets) ** 2).mean()
+
+def task():
+    x = torch.linspace(-1, 1, 128)[:, None]
+    return TrainingTask(
+        name="wrong", model=lambda: torch.nn.Linear(1, 1), loss=loss,
+        train_data=(x, 2 * x), valid_data=(x, 2 * x), test_data=(x, 0 * x + 9),
+    )
+"""
+
+
+def tune(folder: Path, when: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "wrong.py").write_text(TASK.replace("WHEN", when))
+    (folder / "studies").mkdir()
+    short = ("--budget", "steps=20", "--batch-size", "8:16", "--final-runs", "1")
+    return subprocess.run(
+        [sys.executable, "-m", "bs_optuna.tune", "wrong.py", *short, *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [(), ("--isolate",), ("--workers", "2")], ids=" ".join)
+def test_in_a_trial_it_is_shown_with_one_line_that_names_the_trial(
+    tmp_path: Path, where: tuple[str, ...]
+) -> None:
+    when = "torch.is_grad_enabled() and outputs.requires_grad and a_trial_is_stored()"
+    run = tune(tmp_path, when, "--trials", "9", *where)
+    assert run.returncode == 1, run.stderr
+    study = open_study(storage=f"sqlite:///{tmp_path}/studies/wrong.db", name="wrong")
+    failed = study.get_trials(states=(TrialState.FAIL,))
+    lines = [
+        f"error: trial {t.number} (batch_size={t.params['batch_size']}, lr={t.params['lr']:.3g}) "
+        "ended by ArithmeticError: my own; its traceback stands above. "
+        "Finished trials are kept; mend it, and the same command goes on."
+        for t in failed
+        if t.params  # another worker's may have been interrupted before it had any
+    ]
+    assert run.stderr.splitlines()[-1] in lines
+    assert run.stderr.count("\nerror: ") == 1
+    assert 'wrong.py", line' in run.stderr
+    assert study.get_trials(states=(TrialState.COMPLETE,))
+
+    (tmp_path / "wrong.py").write_text(TASK.replace("WHEN", "False"))
+    again = subprocess.run(run.args, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "Recommended for wrong" in again.stdout
+
+
+@pytest.mark.slow
+def test_in_a_final_run_it_is_shown_with_one_line_too(tmp_path: Path) -> None:
+    run = tune(tmp_path, "bool((targets == 9).all())", "--trials", "3")
+    assert run.returncode == 1, run.stderr
+    assert run.stderr.splitlines()[-1].startswith("error: final run 1 of trial ")
+    assert "'s setting ended by ArithmeticError: my own; its traceback" in run.stderr
+    study = open_study(storage=f"sqlite:///{tmp_path}/studies/wrong.db", name="wrong")
+    assert len(study.get_trials(states=(TrialState.COMPLETE,))) == 3
