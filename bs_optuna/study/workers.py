@@ -6,8 +6,11 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -162,14 +165,10 @@ class _Crew:
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
         process = context.Process(target=self._target, args=(there,))
-        # What is ignored here is ignored there from its first moment on: Ctrl-C comes through us.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
+        with _unheard_interruption():
             process.start()
             worker = _Worker(process, here)
             self._workers.append(worker)
-        finally:
-            signal.signal(signal.SIGINT, handler)
         there.close()
         return worker
 
@@ -254,6 +253,23 @@ class _Crew:
 
     def _trial(self, number: int) -> FrozenTrial:
         return self._tuning.study.get_trials(deepcopy=False)[number]
+
+
+@contextmanager
+def _unheard_interruption() -> Iterator[None]:
+    """A context whose new processes ignore Ctrl-C from their first moment on: it comes through us.
+
+    Here it is heard at the end of the context. Linux keeps a signal that is blocked, also one that
+    is ignored.
+    """
+    resource_tracker.ensure_running()  # its start would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _signal_name(number: int) -> str:

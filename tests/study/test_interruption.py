@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
+from bs_optuna.config import StudyConfig
 from bs_optuna.sampling import attributes
 from bs_optuna.study import open_study
 from bs_optuna.study import requeue_interrupted
+from bs_optuna.study.tuning import prepare
+from bs_optuna.study.workers import run_in_workers
+from bs_optuna.tasks import digits
 
 
 WORKER = """
@@ -89,3 +95,30 @@ def test_an_interruption_before_the_first_parameter_queues_nothing(tmp_path: Pat
     with pytest.raises(KeyboardInterrupt):
         study.optimize(requeue_interrupted(interrupted), n_trials=1)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL]
+
+
+class Interrupting:
+    """A target that interrupts its own process when it is sent to a new one."""
+
+    def __reduce__(self) -> tuple[type[Interrupting], tuple[()]]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return Interrupting, ()
+
+    def __call__(self, pipe: Connection) -> None:
+        pipe.recv()
+
+
+def test_an_interruption_while_a_worker_starts_is_not_lost(tmp_path: Path) -> None:
+    config = StudyConfig(storage=f"sqlite:///{tmp_path / 'study.db'}", budget="steps=1")
+    tuning = prepare(config, digits.task())
+    with pytest.raises(KeyboardInterrupt):
+        run_in_workers(
+            tuning,
+            Interrupting(),
+            count=1,
+            timeout=None,
+            started=lambda trial: None,
+            ended=lambda study, trial: None,
+        )
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert tuning.study.get_trials() == []
