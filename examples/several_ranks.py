@@ -7,6 +7,7 @@ Where one of them runs out of memory, all do the step again with a smaller micro
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
@@ -21,14 +22,8 @@ from bs_optuna.training import AccumulatedBackward
 from bs_optuna.training import GuardedStep
 
 
-if __name__ == "__main__":
-    device = torch.device("cpu")
-    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    ranks = dist.group.WORLD
-
+def train(device: torch.device, ranks: dist.ProcessGroup) -> None:
+    """Five epochs on the digits."""
     digits = load_digits()
     x = torch.tensor(digits.data, dtype=torch.float32, device=device) / 16.0
     y = torch.tensor(digits.target, device=device)
@@ -56,4 +51,16 @@ if __name__ == "__main__":
                 f"epoch {epoch}: loss {result.loss:.3f}, last batch of {result.batch_size} on "
                 f"{dist.get_world_size()} ranks, at most {result.microbatch_size} samples at a time"
             )
+
+
+if __name__ == "__main__":
+    device = torch.device("cpu")
+    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    train(device, dist.group.WORLD)
+    # What still holds the group when it is destroyed keeps the threads of gloo alive, and these may
+    # abort the process while Python shuts down.
+    gc.collect()
     dist.destroy_process_group()

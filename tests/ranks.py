@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -52,6 +53,7 @@ def rank_main(cases: dict[str, Callable[[int], Any]]) -> None:
     )
     torch.save(cases[case](rank), folder / f"{rank}.pt")
     dist.barrier()
+    gc.collect()  # what holds the group keeps gloo's threads, which may abort a process that ends
     dist.destroy_process_group()
 
 
