@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from contextlib import contextmanager
+from contextlib import nullcontext
 
 import torch
 
@@ -37,12 +39,13 @@ def give_up_onednn(verdict: OutOfMemory) -> bool:
     return True
 
 
-@contextmanager
-def working_onednn() -> Iterator[None]:
+def working_onednn() -> AbstractContextManager[None]:
     """A context in which oneDNN is off, for the whole process, if this thread cannot use it."""
-    if not _is_spoiled():
-        yield
-        return
+    return _without_onednn() if _is_spoiled() else nullcontext()
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
     before = torch.backends.mkldnn.set_flags(False)
     try:
         yield

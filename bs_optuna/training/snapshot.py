@@ -45,13 +45,17 @@ class StepSnapshot:
         self._parameters = parameters
         self._leaves = _leaves(parameters, batch)
         self._gradients = [leaf.grad for leaf in self._leaves]
+        self._had_gradients = any(gradient is not None for gradient in self._gradients)
         self._buffers = _copied_buffers(modules, buffer_copies)
         self._random = RandomStates(self._leaves, foreign=foreign)
-        for leaf in self._leaves:
-            leaf.grad = None
+        if self._had_gradients:
+            for leaf in self._leaves:
+                leaf.grad = None
 
     def commit(self) -> None:
         """Adds the gradients that were there before, which stay as they are for ``restore``."""
+        if not self._had_gradients:
+            return
         for leaf, before in zip(self._leaves, self._gradients, strict=True):
             if leaf.grad is None:
                 leaf.grad = before
