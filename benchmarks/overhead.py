@@ -169,7 +169,9 @@ def main() -> None:
 
     def studies() -> list[float]:
         """The median of three: each is off by a few percent on a machine with other work."""
-        return sorted((study(arguments.trials, device) for _ in range(3)), key=lambda s: s[2])[1]
+        measured = [study(arguments.trials, device) for _ in range(3)]
+        print("ratios of three studies:", *(f"{ratio:.3f}" for *_, ratio in measured))
+        return sorted(measured, key=lambda s: s[2])[1]
 
     rows = (
         ("one step, whole batch (seconds)", lambda: step(device, turns=100)),

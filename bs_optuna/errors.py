@@ -8,7 +8,6 @@ BsOptunaError
 │   ├── WorkerError           worker processes end by an error, or die before any trial
 │   └── UntraceableError      the task's step cannot be predicted, only run
 ├── DivergedError             the loss of a training is no finite number
-=======
 ├── TrainingError             the task's own code raised an error: status 1, with its traceback
 ├── ThrashingError            memory runs out again and again
 ├── RanksError                processes that train together differ, or another one failed

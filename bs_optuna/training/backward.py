@@ -254,6 +254,8 @@ class AccumulatedBackward:
             before.restore()
         if verdict is None:
             raise failed
+        if before is not None:
+            before.check_parameters()
         return verdict
 
     def _snapshot(self, batch: Batch) -> StepSnapshot:

@@ -63,11 +63,7 @@ class StepSnapshot:
                 leaf.grad.add_(before)
 
     def restore(self) -> None:
-        """Puts gradients, buffers and random states back to what they were.
-
-        Raises:
-            RuntimeError: There are parameters that were not given; all others are put back.
-        """
+        """Puts gradients, buffers and random states back to what they were."""
         for leaf, before in zip(self._leaves, self._gradients, strict=True):
             leaf.grad = before
         with torch.no_grad():
@@ -78,9 +74,13 @@ class StepSnapshot:
             if (id(module), name) not in known:  # None before the attempt
                 setattr(module, name, None)
         self._random.restore()
-        self._check_parameters()
 
-    def _check_parameters(self) -> None:
+    def check_parameters(self) -> None:
+        """Refuses to go on after ``restore`` where it has not put back a gradient.
+
+        Raises:
+            RuntimeError: A parameter that was not given has one.
+        """
         given = set(map(id, self._parameters))
         for module in self._modules:
             for name, parameter in module.named_parameters():
