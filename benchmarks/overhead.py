@@ -26,6 +26,7 @@ from bs_optuna.science.companions import warmup_steps
 from bs_optuna.study.tuning import prepare
 from bs_optuna.tasks import digits
 from bs_optuna.training import AccumulatedBackward
+from bs_optuna.training import GuardedStep
 from bs_optuna.training.data import evaluation_batches
 from bs_optuna.training.data import training_batches
 from bs_optuna.training.recipes import learning_rate_factor
@@ -48,26 +49,40 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], *, turns: 
     return [a, b, a / b]
 
 
-def step(device: torch.device, turns: int) -> list[float]:
-    """One forward and backward at full microbatch against the plain one."""
+def step(
+    device: torch.device,
+    turns: int,
+    optimizer: type[torch.optim.Optimizer] | None = None,
+) -> list[float]:
+    """A step at full microbatch against the plain one: the gradient, and with an optimizer all."""
     torch.manual_seed(0)
     width, batch = (256, 256) if device.type == "cpu" else (1024, 2048)
-    model = nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Dropout(0.1),
-        nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(),
-        nn.Linear(32 * 64, width), nn.ReLU(), nn.Linear(width, 10),
-    ).to(device)  # fmt: skip
     x = torch.randn(batch, 1, 8, 8, device=device)
     y = torch.randint(10, (batch,), device=device)
-    backward = AccumulatedBackward(model, nn.functional.cross_entropy)
+    models = [
+        nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Dropout(0.1),
+            nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(),
+            nn.Linear(32 * 64, width), nn.ReLU(), nn.Linear(width, 10),
+        ).to(device)
+        for _ in range(2)
+    ]  # fmt: skip
+    loss_fn = nn.functional.cross_entropy
+    backward = AccumulatedBackward(models[0], loss_fn)
+    made = [] if optimizer is None else [optimizer(m.parameters(), lr=1e-4) for m in models]
+    steps = [GuardedStep(made[0]), made[1].step] if made else []
 
     def ours() -> None:
-        model.zero_grad()
+        models[0].zero_grad()
         backward(x, y)
+        for guarded in steps[:1]:
+            guarded()
 
     def plain() -> None:
-        model.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
+        models[1].zero_grad()
+        loss_fn(models[1](x), y).backward()
+        for bare in steps[1:]:
+            bare()
 
     return compare(ours, plain, turns=turns)
 
@@ -165,7 +180,7 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'':34s}{'bs_optuna':>11s}{'without':>11s}{'ratio':>8s}")
+    print(f"{'':36s}{'bs_optuna':>11s}{'without':>11s}{'ratio':>8s}")
 
     def studies() -> list[float]:
         """The median of three: each is off by a few percent on a machine with other work."""
@@ -174,13 +189,15 @@ def main() -> None:
         return sorted(measured, key=lambda s: s[2])[1]
 
     rows = (
-        ("one step, whole batch (seconds)", lambda: step(device, turns=100)),
+        ("forward and backward (seconds)", lambda: step(device, turns=100)),
+        ("whole step, AdamW", lambda: step(device, 100, torch.optim.AdamW)),
+        ("whole step, RAdam, which is copied", lambda: step(device, 100, torch.optim.RAdam)),
         (f"study of {arguments.trials} trials (seconds)", studies),
         ("--help / import torch, optuna (s)", answer_to_help),
     )
     for label, measure in rows:
         ours, theirs, ratio = measure()
-        print(f"{label:34s}{ours:11.4f}{theirs:11.4f}{ratio:8.3f}", flush=True)
+        print(f"{label:36s}{ours:11.4f}{theirs:11.4f}{ratio:8.3f}", flush=True)
 
 
 if __name__ == "__main__":
