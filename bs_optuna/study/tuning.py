@@ -99,13 +99,14 @@ class Tuning:
             with named_errors(described(trial)):
                 return self.objective(trial)
 
-        callbacks: list[Ended] = [
-            ended,
-            optuna.study.MaxTrialsCallback(self.trials, states=FINISHED),
-            _stop_if_nothing_fits,
-        ]
+        def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+            ended(study, trial)
+            others_had_the_rest = self.finished >= self.trials
+            if others_had_the_rest or (is_out_of_memory(trial) and nothing_fits(study)):
+                study.stop()
+
         left = max(0, self.trials - self.finished)
-        self._optimize(observed, n_trials=left, timeout=timeout, callbacks=callbacks)
+        self._optimize(observed, n_trials=left, timeout=timeout, ended=after)
 
     def run_one(
         self,
@@ -132,7 +133,7 @@ class Tuning:
                 with named_errors(described(trial)):
                     return self.objective(trial)
 
-        self._optimize(observed, n_trials=1, timeout=None, callbacks=[ended])
+        self._optimize(observed, n_trials=1, timeout=None, ended=ended)
 
     def _optimize(
         self,
@@ -140,7 +141,7 @@ class Tuning:
         *,
         n_trials: int,
         timeout: float | None,
-        callbacks: list[Ended],
+        ended: Ended,
     ) -> None:
         # What was imported stays; to look through all of it for garbage takes 0.2 s a time.
         gc.freeze()
@@ -149,7 +150,7 @@ class Tuning:
                 requeue_interrupted(objective),
                 n_trials=n_trials,
                 timeout=timeout,
-                callbacks=callbacks,
+                callbacks=[ended],
             )
         finally:
             gc.unfreeze()
@@ -197,11 +198,7 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
         direction=task.direction,
         search_space=objective.search_space,
         sampler=CoupledSampler(prior=optimizer, reference=config.reference, seed=config.seed),
-        pruner=PercentilePruner(
-            PRUNED_ABOVE_PERCENTILE,
-            n_startup_trials=TRIALS_BEFORE_PRUNING,
-            n_warmup_steps=low[min(1, len(low) - 1)].resource or 0,
-        ),
+        pruner=_Pruner(warmup=low[min(1, len(low) - 1)].resource or 0),
     )
     experiment = {"task": Path(config.task).name, "optimizer": optimizer, "budget": str(budget)}
     _check_experiment(study, experiment)
@@ -211,6 +208,22 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
         attributes.CONFIG, {**config.model_dump(mode="json"), "storage": shown, "study": name}
     )
     return Tuning(task, objective, study, database, shown, _target(study, config.trials))
+
+
+class _Pruner(PercentilePruner):
+    """Optuna's, that reads all trials only where it may prune.
+
+    Args:
+        warmup: No trial is pruned before it reports at this resource.
+    """
+
+    def __init__(self, *, warmup: int) -> None:
+        super().__init__(PRUNED_ABOVE_PERCENTILE, TRIALS_BEFORE_PRUNING)
+        self._warmup = warmup
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        step = trial.last_step
+        return step is not None and step >= self._warmup and super().prune(study, trial)
 
 
 def _check_reference(config: StudyConfig, rates: tuple[float, float]) -> None:
@@ -266,11 +279,6 @@ def _name_value(study: optuna.Study, name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names([name])
-
-
-def _stop_if_nothing_fits(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-    if is_out_of_memory(trial) and nothing_fits(study):
-        study.stop()
 
 
 def nothing_fits(study: optuna.Study) -> bool:

@@ -164,6 +164,7 @@ class AccumulatedBackward:
         self._warned = self._exact_batch_norm  # that microbatches change BatchNorm
         self._parameters = parameters_of(self._modules)
         devices = {p.device for p in self._parameters}
+        self._device_types = {device.type for device in devices}
         self._device = devices.pop() if len(devices) == 1 else None
         self._foreign = draws_foreign(model, loss_fn)
         self._buffer_copies: dict[tuple[int, str], torch.Tensor] = {}
@@ -264,6 +265,7 @@ class AccumulatedBackward:
             self._parameters,
             batch,
             buffer_copies=self._buffer_copies,
+            device_types=self._device_types,
             foreign=self._foreign,
         )
 

@@ -33,7 +33,7 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 
 
 def _to(device: torch.device, leaf: torch.Tensor) -> torch.Tensor:
-    return leaf.to(device, non_blocking=True)
+    return leaf if leaf.device == device else leaf.to(device, non_blocking=True)
 
 
 def batch_length(batch: Any) -> int:

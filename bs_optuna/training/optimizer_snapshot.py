@@ -45,7 +45,7 @@ class OptimizerSnapshot:
         copies = [_copy(t, "cpu" if on_host else t.device) for t in tensors]
         self._copies: _Copies = [(tensors, copies)]
         # Nothing is drawn by those that step in place.
-        self._random = None if in_place else RandomStates(parameters)
+        self._random = None if in_place else RandomStates({p.device.type for p in parameters})
 
     def restore(self) -> None:
         """Puts back what was copied; large tensors that step in place are not."""

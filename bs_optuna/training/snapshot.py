@@ -6,6 +6,7 @@ Nothing is allocated while an attempt is undone: that happens when memory has ju
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class StepSnapshot:
         parameters: Their parameters; looking for them takes longer than all the rest.
         batch: The pytree of tensors whose own gradients are looked after as well.
         buffer_copies: Memory for the copies of buffers, kept by the caller from step to step.
+        device_types: Of the devices whose random states may be drawn from, beside the CPU's.
         foreign: Whether the random states of Python and NumPy may be drawn from.
     """
 
@@ -39,6 +41,7 @@ class StepSnapshot:
         batch: Any,
         *,
         buffer_copies: dict[tuple[int, str], torch.Tensor],
+        device_types: Collection[str],
         foreign: bool,
     ) -> None:
         self._modules = modules
@@ -47,7 +50,7 @@ class StepSnapshot:
         self._gradients = [leaf.grad for leaf in self._leaves]
         self._had_gradients = any(gradient is not None for gradient in self._gradients)
         self._buffers = _copied_buffers(modules, buffer_copies)
-        self._random = RandomStates(self._leaves, foreign=foreign)
+        self._random = RandomStates(device_types, foreign=foreign)
         if self._had_gradients:
             for leaf in self._leaves:
                 leaf.grad = None
@@ -155,17 +158,16 @@ class RandomStates:
     """The states of every global generator that a pass or a step may draw from.
 
     Args:
-        leaves: Tensors whose devices say which generators those are, beside the CPU's.
+        device_types: Of the devices that draw, beside the CPU.
         foreign: Whether Python's and NumPy's are among them; reading these takes longer than all
             the rest.
     """
 
-    def __init__(self, leaves: Sequence[torch.Tensor], *, foreign: bool = True) -> None:
+    def __init__(self, device_types: Collection[str], *, foreign: bool = True) -> None:
         self._foreign = (random.getstate(), np.random.get_state()) if foreign else None
         self._cpu = torch.get_rng_state()
-        types = {leaf.device.type for leaf in leaves} - {"cpu"}
-        self._cuda = torch.cuda.get_rng_state_all() if "cuda" in types else None
-        self._mps = torch.mps.get_rng_state() if "mps" in types else None
+        self._cuda = torch.cuda.get_rng_state_all() if "cuda" in device_types else None
+        self._mps = torch.mps.get_rng_state() if "mps" in device_types else None
 
     def restore(self) -> None:
         """Puts every generator back."""
