@@ -216,9 +216,9 @@ class TrainingObjective:
         search: SizeSearch | None = None,
     ) -> TrainingRun:
         predicted = self._starting_sizes.predicted
-        with private_random_state(self.device):
-            largest = self._microbatch_size
-            if largest == "fastest":
+        largest = self._microbatch_size
+        if largest == "fastest":
+            with private_random_state(self.device):
                 largest = self._starting_sizes.measure(known.microbatch).smallest_fast
         most = min(batch_size, largest or batch_size)
         if attempt is not None:
