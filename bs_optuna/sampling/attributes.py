@@ -31,6 +31,7 @@ NOISE_SCALE = "gradient_noise_scale"  # float, measured B_simple in samples
 MEMORY_KEY = "memory_key"  # str, what the two below depend on
 MICROBATCH_FITS = "microbatch_fits"  # int, largest microbatch that ran a full step
 MICROBATCH_FAILS = "microbatch_fails"  # int, smallest microbatch that ran out of memory
+MICROBATCH_TRIED = "microbatch_tried"  # int, tried by a running trial, not yet known to fit or fail
 EVALUATION_FITS = "evaluation_fits"  # int, piece of an evaluation that fitted after larger failed
 
 # Of a trial in a worker process: what is needed to try it again should that die.

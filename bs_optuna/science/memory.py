@@ -10,6 +10,8 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from bs_optuna.science.accumulation import AccumulationPlan
+
 
 # What is left of a prediction that has failed: it is rarely wrong by more.
 PREDICTION_LOWERED = 0.9
@@ -74,6 +76,37 @@ class MicrobatchBounds:
         if fails is not None and max(fits) >= fails:
             fits = [size for size in fits if size <= fails // 2]
         return cls(max(fits, default=0), fails)
+
+
+def close(size: int, other: int) -> bool:
+    """Whether two sizes are less than a factor of 2 apart, so that only one should be tried."""
+    return size < 2 * other and other < 2 * size
+
+
+def beside(size: int, claims: Iterable[int], *, batch_size: int, fits: int) -> int:
+    """The largest microbatch size up to a given one that nobody else is trying at this moment.
+
+    One worker on its own halves, so that the sizes that fail are a factor of 2 apart. If those are
+    too that several workers try at the same time, no factor of 2 is paid for twice: all of them
+    together fail at most log2(largest / smallest that fits) + 1 times, however many there are.
+
+    A claim does not push anybody to a single sample, which some models cannot train on.
+
+    Args:
+        size: The most that is to be tried.
+        claims: What others are trying.
+        batch_size: Samples per optimizer step, of which equal microbatches are made.
+        fits: Largest size known to fit, which nobody needs to try.
+
+    Returns:
+        A size that is close to no claim, unless it is known to fit or at most 2.
+    """
+    size = AccumulationPlan.within(batch_size, size).microbatch_size
+    for claim in sorted(claims, reverse=True):
+        if size > fits and close(size, claim):
+            lower = min(size, max(2, fits, claim // 2))
+            size = AccumulationPlan.within(batch_size, lower).microbatch_size
+    return size
 
 
 def largest_fitting(peak_bytes: Callable[[int], float], limit_bytes: float, *, most: int) -> int:

@@ -22,11 +22,18 @@ class Plan(Protocol):
     def microbatch_limit(self) -> int:
         """The most that one microbatch may hold, in samples or elements."""
 
+    @property
+    def largest(self) -> int:
+        """The most that one holds, in the unit of the limit."""
+
     def halved(self) -> Self:
         """The plan to go on with when this one did not fit."""
 
 
 _P = TypeVar("_P", bound=Plan)
+
+# What ran out of memory and half of it, to what shall be tried instead: at most that half.
+Smaller = Callable[[int, int], int]
 
 
 class MicrobatchLimit:
@@ -42,17 +49,21 @@ class MicrobatchLimit:
     Args:
         most: Where it begins; None is the whole batch, whatever its size.
         regrow_after: W, at least 1; None never tries a larger one again.
+        smaller: Asked after each failure whether to go on with even less; None halves.
 
     Raises:
         ValueError: W is below 1.
     """
 
-    def __init__(self, most: int | None, *, regrow_after: int | None) -> None:
+    def __init__(
+        self, most: int | None, *, regrow_after: int | None, smaller: Smaller | None = None
+    ) -> None:
         if regrow_after is not None and regrow_after < 1:
             raise ValueError(f"regrow_after={regrow_after}; must be at least 1, or None for never.")
         self._most = most
         self._value = most
         self._regrow_after = regrow_after
+        self._smaller = smaller
         self._wait = regrow_after or 0
         self._calm = 0
         self._tries = False
@@ -84,11 +95,19 @@ class MicrobatchLimit:
 
     def failed(self, plan: _P, cut: Callable[[int | None], _P]) -> _P:
         """The plan to go on with when one of this step has run out of memory."""
+        failed = plan.largest
         if self._tries:
             self.give_way()
-            return cut(self._value)
-        plan = plan.halved()
-        self.shrink(plan.microbatch_limit)
+            plan = cut(self._value)
+        else:
+            plan = plan.halved()
+            self.shrink(plan.microbatch_limit)
+        if (
+            self._smaller is not None
+            and (size := self._smaller(failed, plan.largest)) < plan.largest
+        ):
+            self.shrink(max(1, size))
+            plan = cut(self._value)
         return plan
 
     def succeeded(self, plan: Plan) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from bs_optuna.science.regrowth import MicrobatchLimit
+from bs_optuna.science.regrowth import Smaller
 from bs_optuna.training.batches import Batch
 from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import moved
@@ -99,6 +100,8 @@ class AccumulatedBackward:
         regrow_after: Calls without a failure before a microbatch that has shrunk is tried at twice
             its size, up to where it started; a try that fails is undone and doubles the wait. None
             never tries.
+        smaller: Asked after each attempt that ran out of memory, as ``smaller(failed, half)``, for
+            the size to go on with, at most ``half``; None halves. Not with ``process_group``.
         process_group: Trains on several ranks, such as ``dist.group.WORLD``: each calls with its
             own part of the batch, and all end with the gradient of the whole. Where one runs out
             of memory all do the step again; they shrink and grow back together. Give each the
@@ -131,6 +134,7 @@ class AccumulatedBackward:
         lengths: Lengths | None = None,
         trim: Trim | None = None,
         regrow_after: int | None = 64,
+        smaller: Smaller | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if microbatch_size != "auto" and microbatch_size < 1:
@@ -144,6 +148,8 @@ class AccumulatedBackward:
             )
         if batch_norm not in ("microbatch", "exact"):
             raise ValueError(f"batch_norm={batch_norm!r}; must be 'microbatch' or 'exact'.")
+        if smaller is not None and process_group is not None:
+            raise ValueError("smaller and process_group; give one: ranks agree among themselves.")
         refuse_wrapped(model)
         self.lost = Lost()
         self._modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
@@ -157,7 +163,7 @@ class AccumulatedBackward:
             trim=trim,
         )
         most = microbatch_tokens if microbatch_size == "auto" else microbatch_size
-        self._limit = MicrobatchLimit(most, regrow_after=regrow_after)
+        self._limit = MicrobatchLimit(most, regrow_after=regrow_after, smaller=smaller)
         self._scaler = scaler
         self._autocast_dtype = autocast_dtype
         self._exact_batch_norm = batch_norm == "exact"

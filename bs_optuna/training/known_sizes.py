@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
 from bs_optuna.sampling import attributes
 from bs_optuna.science.memory import MicrobatchBounds
-from bs_optuna.training.loop import TrainingRun
+from bs_optuna.training.search import Seen
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A microbatch size that a running trial is trying, which has neither fitted nor failed yet.
+
+    Attributes:
+        trial: Number of the trial.
+        size: Samples in the microbatch.
+    """
+
+    trial: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -20,14 +37,16 @@ class KnownSizes:
     Attributes:
         microbatch: What fits in training, and what does not.
         evaluation: Samples in a piece of an evaluation that fits where a larger one did not.
+        claims: What is being tried in training.
     """
 
     microbatch: MicrobatchBounds
     evaluation: int | None
+    claims: tuple[Claim, ...] = ()
 
 
 def learned(
-    run: TrainingRun, memory_key: str, *, elsewhere: Sequence[int] = ()
+    run: Seen, memory_key: str, *, elsewhere: Sequence[int] = ()
 ) -> dict[str, int | str | None]:
     """The attributes that say what a run has learned.
 
@@ -46,15 +65,25 @@ def learned(
     }
 
 
-def known_sizes(trials: Iterable[Mapping[str, Any]], memory_key: str) -> KnownSizes:
-    """What trials with these attributes know together; those of another key know nothing."""
-    alike = [stored for stored in trials if stored.get(attributes.MEMORY_KEY) == memory_key]
-    bounds = [_bounds(stored) for stored in alike]
-    pieces = (stored.get(attributes.EVALUATION_FITS) for stored in alike)
+def known_sizes(trials: Iterable[FrozenTrial], memory_key: str) -> KnownSizes:
+    """What trials know together; those of another key know nothing."""
+    alike = [trial for trial in trials if trial.user_attrs.get(attributes.MEMORY_KEY) == memory_key]
+    bounds = [_bounds(trial.user_attrs) for trial in alike]
+    pieces = (trial.user_attrs.get(attributes.EVALUATION_FITS) for trial in alike)
     return KnownSizes(
         MicrobatchBounds.merged(bounds),
         min((size for size in pieces if size is not None), default=None),
+        tuple(_claims(alike)),
     )
+
+
+def _claims(trials: Iterable[FrozenTrial]) -> Iterator[Claim]:
+    for trial in trials:
+        size = trial.user_attrs.get(attributes.MICROBATCH_TRIED)
+        if size is not None and trial.state == TrialState.RUNNING:
+            bounds = _bounds(trial.user_attrs)
+            if bounds.fits < size and (bounds.fails is None or size < bounds.fails):
+                yield Claim(trial.number, size)
 
 
 def _bounds(stored: Mapping[str, Any]) -> MicrobatchBounds:

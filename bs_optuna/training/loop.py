@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
 from collections.abc import Iterator
-from dataclasses import dataclass
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +32,9 @@ from bs_optuna.training.recipes import LONGEST_WARMUP
 from bs_optuna.training.recipes import learning_rate_factor
 from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.run_settings import RunSettings
+from bs_optuna.training.rungs import Checkpoint
 from bs_optuna.training.rungs import rungs
+from bs_optuna.training.search import Search
 from bs_optuna.training.stepping import GuardedStep
 from bs_optuna.training.task import TrainingTask
 
@@ -48,15 +48,6 @@ _PROGRESS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """An evaluation on the validation data; see Rung for the resource."""
-
-    resource: int | None
-    values: dict[str, float]
-    last: bool
-
-
 class TrainingRun:
     """Trains a new model of a task, from one evaluation to the next.
 
@@ -67,7 +58,7 @@ class TrainingRun:
         settings: With what.
         device: Where.
         limit: In force during the work on batches.
-        backed_off: Called after a step whose microbatch had to be made smaller.
+        search: Shares what is found out about memory, see `SizeSearch`; None keeps it here.
         file: Where the state of the run is kept for another process; None keeps none.
 
     Attributes:
@@ -88,7 +79,7 @@ class TrainingRun:
         *,
         device: torch.device,
         limit: MemoryLimit,
-        backed_off: Callable[[TrainingRun], None] = lambda run: None,
+        search: Search | None = None,
         file: CheckpointFile | None = None,
     ) -> None:
         self._task = task
@@ -96,7 +87,7 @@ class TrainingRun:
         self._settings = settings
         self._device = device
         self._limit = limit
-        self._backed_off = backed_off
+        self._search = search
         self._file = file
         self._evaluated: dict[int, dict[str, float]] = {}  # by number of the rung
         self._peak = PeakMemory(device)
@@ -251,7 +242,14 @@ class TrainingRun:
             microbatch_size=self.microbatch_size,
             count=self._task.count,
             batch_norm=self._task.batch_norm,
+            smaller=self._smaller,
         )
+
+    def _smaller(self, failed: int, size: int) -> int:
+        if self._search is None or self.fits:  # a spike in what has run here, which passes
+            return size
+        with self._limit.lifted():
+            return self._search.smaller(failed, size)
 
     def _warmup(self) -> float:
         if self._total is None:
@@ -274,13 +272,16 @@ class TrainingRun:
             group["lr"] = peak * factor
         for parameter in self._parameters:  # optimizer.zero_grad() would take ten times as long
             parameter.grad = None
-        failures = len(self.failed_sizes)
+        first, failures = self.fits == 0, len(self.failed_sizes)
         with self._limit.active():
             loss = self._gradient(inputs, targets)
             self._guarded_step()
         self.fits = self.microbatch_size
-        if len(self.failed_sizes) > failures:
-            self._backed_off(self)
+        failed = len(self.failed_sizes) > failures
+        if first and (failed or settings.short_of_memory) and not settings.evaluation_batch_size:
+            self._evaluation.batch_size = self.fits  # what trains can be evaluated
+        if self._search is not None and (first or failed):
+            self._search.learned(self)
         self.samples += settings.batch_size
         self.steps += 1
         self._check(loss)

@@ -66,6 +66,8 @@ def memory_limit(device: torch.device, limit_bytes: int | None) -> MemoryLimit:
 class MemoryLimit(ABC):
     """What the training may use of a device; for one training at a time in a process."""
 
+    _scope: Reentrant | None = None
+
     @property
     @abstractmethod
     def limit_bytes(self) -> int | None:
@@ -74,6 +76,10 @@ class MemoryLimit(ABC):
     @abstractmethod
     def active(self) -> AbstractContextManager[None]:
         """A context in which the limit is in force; the limit ends with the outermost one."""
+
+    def lifted(self) -> AbstractContextManager[None]:
+        """A context inside of ``active()`` for what is no training and must not run short."""
+        return nullcontext() if self._scope is None else self._scope.lifted()
 
     def warm_up(self, step: Callable[[], object]) -> None:
         """Runs a small but full step before any limit is in force, where the device needs it.
@@ -117,7 +123,7 @@ class CudaLimit(MemoryLimit):
         self._limit_bytes = limit_bytes
         self._fraction = limit_bytes / total
         self._outer = 1.0
-        self._scope = Reentrant(impose=self._impose, lift=self._lift)
+        self._scope: Reentrant = Reentrant(impose=self._impose, lift=self._lift)
 
     @property
     def limit_bytes(self) -> int:
@@ -156,7 +162,7 @@ class MpsLimit(MemoryLimit):
         _check(limit_bytes, total, "Metal recommends at most")
         self._limit_bytes = limit_bytes
         self._fraction = limit_bytes / total
-        self._scope = Reentrant(impose=self._impose, lift=self._lift)
+        self._scope: Reentrant = Reentrant(impose=self._impose, lift=self._lift)
 
     @property
     def limit_bytes(self) -> int:
@@ -215,7 +221,7 @@ class LinuxCpuLimit(MemoryLimit):
         self._outer = resource.getrlimit(resource.RLIMIT_DATA)
         self._inner: tuple[int, int] | None = None
         self._libraries = _Libraries()
-        self._scope = Reentrant(impose=self._impose, lift=self._lift)
+        self._scope: Reentrant = Reentrant(impose=self._impose, lift=self._lift)
 
     @property
     def limit_bytes(self) -> int:

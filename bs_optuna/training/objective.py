@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -12,15 +11,14 @@ import torch
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 
-from bs_optuna.errors import ConfigError
 from bs_optuna.errors import DivergedError
 from bs_optuna.errors import MicrobatchDoesNotFitError
-from bs_optuna.errors import TaskError
 from bs_optuna.errors import ThrashingError
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import mark_memory
 from bs_optuna.training.attempt import Attempt
 from bs_optuna.training.budget import Budget
+from bs_optuna.training.known_sizes import Claim
 from bs_optuna.training.known_sizes import KnownSizes
 from bs_optuna.training.known_sizes import known_sizes
 from bs_optuna.training.known_sizes import learned
@@ -33,6 +31,9 @@ from bs_optuna.training.oom import release
 from bs_optuna.training.random_states import private_random_state
 from bs_optuna.training.run_settings import OOM_BUDGET
 from bs_optuna.training.run_settings import RunSettings
+from bs_optuna.training.run_settings import check_enough
+from bs_optuna.training.run_settings import check_range
+from bs_optuna.training.size_search import SizeSearch
 from bs_optuna.training.starting_sizes import StartingSizes
 from bs_optuna.training.task import TrainingTask
 from bs_optuna.training.throughput import Throughput
@@ -89,9 +90,9 @@ class TrainingObjective:
         seed: int = 0,
         checkpoints: Path | None = None,
     ) -> None:
-        _check_range("batch_size", *batch_size)
-        _check_range("learning_rate", *learning_rate)
-        _check_enough(task, batch_size[1])
+        check_range("batch_size", *batch_size)
+        check_range("learning_rate", *learning_rate)
+        check_enough(task, batch_size[1])
         self.task = task
         self.budget = budget
         self.device = device or default_device()
@@ -107,6 +108,7 @@ class TrainingObjective:
             self._memory_key = memory_key(
                 task, device=self.device, limit_bytes=self._limit.limit_bytes
             )
+        self._old_claims: set[Claim] = set()  # that a trial of this process has met
         self._starting_sizes = StartingSizes(
             task, device=self.device, limit=self._limit, batch_size=batch_size[1]
         )
@@ -136,16 +138,20 @@ class TrainingObjective:
             optuna.TrialPruned: The trial is hopeless, diverged, or does not fit with one sample.
         """
         batch_size, learning_rate = self.suggest(trial)
-        _check_enough(self.task, batch_size)  # an enqueued one may lie outside the range
+        check_enough(self.task, batch_size)  # an enqueued one may lie outside the range
+        search = SizeSearch(
+            trial.number,
+            batch_size=batch_size,
+            memory_key=self._memory_key,
+            look=lambda: self._known(trial.study),
+            tell=lambda found: _set(trial, found),
+            old=frozenset(self._old_claims),
+        )
         known = self._known(trial.study)
         attempt = Attempt.read(trial.number, trial.user_attrs, folder=self._checkpoints)
 
-        def backed_off(run: TrainingRun) -> None:
-            """Others begin while this one trains, which may take hours."""
-            _set(trial, learned(run, self._memory_key))
-
         seed = self.seed + attempt.first
-        run = self._run(batch_size, learning_rate, seed, known, attempt, backed_off)
+        run = self._run(batch_size, learning_rate, seed, known, attempt, search)
         _set(trial, attempt.started(microbatch_size=run.microbatch_size))
         reason, value = None, None
         with private_random_state(self.device):
@@ -166,6 +172,7 @@ class TrainingObjective:
                 release(error)
             finally:
                 self._store(trial, run, reason, attempt)
+                self._old_claims |= search.seen
                 attempt.remove_checkpoint()
         if reason is not None:
             if reason.startswith("memory"):
@@ -206,23 +213,27 @@ class TrainingObjective:
         seed: int,
         known: KnownSizes,
         attempt: Attempt | None = None,
-        backed_off: Callable[[TrainingRun], None] = lambda run: None,
+        search: SizeSearch | None = None,
     ) -> TrainingRun:
-        with private_random_state(self.device):
-            predicted = self._starting_sizes.predicted
-            largest = self._microbatch_size
-            if largest == "fastest":
+        predicted = self._starting_sizes.predicted
+        largest = self._microbatch_size
+        if largest == "fastest":
+            with private_random_state(self.device):
                 largest = self._starting_sizes.measure(known.microbatch).smallest_fast
         most = min(batch_size, largest or batch_size)
         if attempt is not None:
             most = attempt.most(most)
+        size = known.microbatch.start(most, predicted=predicted.microbatch)
+        if search is not None and self._starting_sizes.searched and not known.microbatch.hopeless:
+            size = search.begin(size, known)
         settings = RunSettings(
             batch_size=batch_size,
             learning_rate=learning_rate,
             budget=self.budget,
             seed=seed,
-            microbatch_size=known.microbatch.start(most, predicted=predicted.microbatch),
+            microbatch_size=size,
             evaluation_batch_size=known.evaluation or predicted.evaluation,
+            short_of_memory=known.microbatch.fails is not None,
             evaluations=EVALUATIONS,
             oom_budget=self._oom_budget,
         )
@@ -231,7 +242,7 @@ class TrainingObjective:
             settings,
             device=self.device,
             limit=self._limit,
-            backed_off=backed_off,
+            search=search,
             file=None if attempt is None else attempt.file,
         )
 
@@ -263,8 +274,9 @@ class TrainingObjective:
         mark_memory(trial, fits=not (reason or "").startswith("memory"))
 
     def _known(self, study: optuna.Study) -> KnownSizes:
-        trials = study.get_trials(deepcopy=False)
-        return known_sizes((trial.user_attrs for trial in trials), self._memory_key)
+        with private_random_state(self.device):
+            _ = self._starting_sizes.predicted  # first: it takes its time, in which others learn
+            return known_sizes(study.get_trials(deepcopy=False), self._memory_key)
 
     def _rehearse(self) -> None:
         """One full small step, so that nothing is set up for the first time under a limit."""
@@ -292,18 +304,3 @@ def _set(trial: optuna.Trial, stored: Mapping[str, object]) -> None:
 def default_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def _check_range(name: str, low: float, high: float) -> None:
-    if not 0 < low <= high:
-        raise ConfigError(
-            f"{name}={low}:{high}; must be LOW:HIGH with 0 < LOW <= HIGH. Swap or raise them."
-        )
-
-
-def _check_enough(task: TrainingTask, batch_size: int) -> None:
-    if batch_size > task.train_samples:
-        raise TaskError(
-            f"batch_size={batch_size} is more than the {task.train_samples} training samples of "
-            f"task {task.name!r}; lower the upper end of the range."
-        )

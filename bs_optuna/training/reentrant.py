@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 
@@ -38,3 +40,15 @@ class Reentrant:
         self.depth -= 1
         if self.depth == 0:
             self._lift()
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """A context inside in which nothing is imposed; outside of all entries it does nothing."""
+        if self.depth == 0:
+            yield
+            return
+        self._lift()
+        try:
+            yield
+        finally:
+            self._impose()

@@ -1,10 +1,13 @@
-"""RunSettings: what one training run is given beside its task."""
+"""RunSettings: what one training run is given beside its task, and what it cannot be given."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bs_optuna.errors import ConfigError
+from bs_optuna.errors import TaskError
 from bs_optuna.training.budget import Budget
+from bs_optuna.training.task import TrainingTask
 
 
 OOM_BUDGET = 0.5
@@ -22,6 +25,8 @@ class RunSettings:
         microbatch_size: Most samples in a microbatch, to begin with; None is the whole batch.
         evaluation_batch_size: Most samples in a piece of an evaluation, to begin with; None leaves
             it to the microbatch.
+        short_of_memory: Whether others have run out of it. An evaluation of which nothing else is
+            known then begins with pieces as large as a microbatch that has trained.
         evaluations: How often to evaluate, the end included.
         oom_budget: Largest part of the run's time that may be lost to running out of memory, once
             there were more failures than any search for a size needs.
@@ -33,5 +38,23 @@ class RunSettings:
     seed: int
     microbatch_size: int | None = None
     evaluation_batch_size: int | None = None
+    short_of_memory: bool = False
     evaluations: int = 5
     oom_budget: float = OOM_BUDGET
+
+
+def check_range(name: str, low: float, high: float) -> None:
+    """Refuses a range that is inverted or not positive, with a ConfigError."""
+    if not 0 < low <= high:
+        raise ConfigError(
+            f"{name}={low}:{high}; must be LOW:HIGH with 0 < LOW <= HIGH. Swap or raise them."
+        )
+
+
+def check_enough(task: TrainingTask, batch_size: int) -> None:
+    """Refuses a batch that is larger than the training data, with a TaskError."""
+    if batch_size > task.train_samples:
+        raise TaskError(
+            f"batch_size={batch_size} is more than the {task.train_samples} training samples of "
+            f"task {task.name!r}; lower the upper end of the range."
+        )

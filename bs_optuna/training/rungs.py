@@ -22,6 +22,15 @@ class Rung:
     resource: int | None
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """An evaluation on the validation data; see Rung for the resource."""
+
+    resource: int | None
+    values: dict[str, float]
+    last: bool
+
+
 def rungs(budget: Budget, *, batch_size: int, count: int) -> list[Rung]:
     """The evaluations of a run: at most ``count``, and always one at the end.
 

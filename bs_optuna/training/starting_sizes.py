@@ -76,6 +76,12 @@ class StartingSizes:
             _logger.info("%s", error)
             return FittingSizes(microbatch)
 
+    @property
+    def searched(self) -> bool:
+        """Whether what fits can only be found by running out of memory."""
+        limited = available_bytes(self._device, self._limit.limit_bytes) is not None
+        return limited and self.predicted.microbatch is None
+
     def measure(self, known: MicrobatchBounds) -> Throughput:
         """What microbatches of each size get done, up to the largest that may fit.
 

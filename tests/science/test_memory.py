@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from bs_optuna.science.accumulation import AccumulationPlan
 from bs_optuna.science.memory import MicrobatchBounds
+from bs_optuna.science.memory import beside
+from bs_optuna.science.memory import close
 from bs_optuna.science.memory import largest_fitting
 
 
@@ -120,6 +122,37 @@ def test_a_failure_leaves_only_clearly_smaller_successes() -> None:
     seen = [MicrobatchBounds(fits=100), MicrobatchBounds(fits=40, fails=90), MicrobatchBounds(60)]
     assert MicrobatchBounds.merged(seen) == MicrobatchBounds(fits=40, fails=90)
     assert MicrobatchBounds.merged([]) == MicrobatchBounds()
+
+
+@given(size=SIZES, claims=st.lists(SIZES, max_size=8), batch_size=SIZES, fits=st.integers(0, MOST))
+def test_what_is_tried_beside_others_is_close_to_nothing_that_they_try(
+    size: int, claims: list[int], batch_size: int, fits: int
+) -> None:
+    found = beside(size, claims, batch_size=batch_size, fits=fits)
+    assert 1 <= found <= min(size, batch_size)
+    assert found <= max(2, fits) or not any(close(found, claim) for claim in claims)
+    alone = AccumulationPlan.within(batch_size, size).microbatch_size
+    assert found == alone or found >= min(fits, alone) / 2  # an equal cut may halve it
+    assert beside(size, [], batch_size=batch_size, fits=fits) == alone
+    if alone <= fits:
+        assert found == alone
+
+
+def test_a_claim_leaves_room_above_and_below() -> None:
+    def try_beside(*claims: int) -> int:
+        return beside(512, claims, batch_size=512, fits=16)
+
+    assert [try_beside(c) for c in (1024, 1023, 512, 257, 256, 64)] == [
+        512,
+        256,
+        256,
+        128,
+        512,
+        512,
+    ]
+    assert try_beside(512, 256, 128) == 64
+    assert try_beside(128, 512) == 256
+    assert try_beside(512, 256, 128, 64, 32) == 16  # which is known to fit
 
 
 PIECES = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 300)), min_size=1, max_size=4)

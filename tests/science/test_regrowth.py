@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from functools import partial
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from bs_optuna.science.accumulation import AccumulationPlan
 from bs_optuna.science.regrowth import MicrobatchLimit
+from bs_optuna.science.regrowth import Smaller
 
 
 BATCHES = st.integers(2, 2000)
@@ -20,8 +22,14 @@ WAITS = st.integers(1, 50)
 class Steps:
     """Runs steps in a memory that holds some samples at each of them, and counts."""
 
-    def __init__(self, batch_size: int, regrow_after: int | None, most: int | None = None) -> None:
-        self.limit = MicrobatchLimit(most, regrow_after=regrow_after)
+    def __init__(
+        self,
+        batch_size: int,
+        regrow_after: int | None,
+        most: int | None = None,
+        smaller: Smaller | None = None,
+    ) -> None:
+        self.limit = MicrobatchLimit(most, regrow_after=regrow_after, smaller=smaller)
         self.cut = partial(AccumulationPlan.within, batch_size)
         self.failures: list[int] = []  # of each step
         self.sizes: list[int] = []  # that ran
@@ -80,6 +88,25 @@ def test_it_never_grows_beyond_where_it_began(
     run = Steps(batch_size, 1, most)
     run.run(len(memory), lambda number: memory[number])
     assert max(run.sizes) <= most
+
+
+@given(
+    batch_size=BATCHES,
+    memory=st.lists(BATCHES, min_size=1, max_size=200),
+    wait=WAITS,
+    whims=st.randoms(use_true_random=False),
+)
+def test_a_size_that_is_chosen_can_only_be_smaller(
+    batch_size: int, memory: list[int], wait: int, whims: random.Random
+) -> None:
+    def smaller(failed: int, half: int) -> int:
+        assert half < failed or failed == 1
+        return whims.randint(0, 2 * half)
+
+    run = Steps(batch_size, wait, smaller=smaller)
+    run.run(len(memory), lambda number: memory[number])
+    assert sum(run.failures) <= math.log2(batch_size) + len(memory) / wait
+    assert all(1 <= size <= max(1, least) for size, least in zip(run.sizes, memory, strict=True))
 
 
 def test_a_try_that_fails_goes_back_to_what_has_run_and_waits_twice_as_long() -> None:

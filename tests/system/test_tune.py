@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import signal
@@ -206,36 +205,6 @@ def test_a_real_limit_on_memory_fails_no_trial_and_keeps_every_batch(tmp_path: P
         assert 4 <= size <= 12  # what 12 MiB hold of samples of about 1 MB
         backoffs += stored[attributes.BACKOFFS]
     assert backoffs <= 1  # in the whole study, because the first size is predicted
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot limit a CPU's memory")
-@pytest.mark.parametrize("model", ["traced", "untraceable"])
-def test_two_workers_search_for_what_fits_once(tmp_path: Path, model: str) -> None:
-    text = WIDE_TASK.read_text(encoding="utf-8")
-    if model == "untraceable":  # what it does depends on its data, so nothing is predicted
-        text = text.replace("nn.Conv2d(1, 64", "Branching(), nn.Conv2d(1, 64") + (
-            "\n\nclass Branching(nn.Module):\n"
-            "    def forward(self, x: torch.Tensor) -> torch.Tensor:\n"
-            "        return x if float(x.sum()) < 1e9 else -x\n"
-        )
-    (tmp_path / "wide.py").write_text(text, encoding="utf-8")
-    arguments = command(
-        "wide.py", "--memory-limit", "12MiB", "--trials", "20", "--budget", "samples=600",
-        "--final-runs", "0",
-    )  # fmt: skip
-    workers = [
-        subprocess.Popen(arguments, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
-        for _ in range(2)
-    ]
-    assert [worker.wait(timeout=500) for worker in workers] == [0, 0]
-    found = trials(tmp_path, "wide")
-    assert {t.state for t in found} <= {TrialState.COMPLETE, TrialState.PRUNED}
-    assert 20 <= len(found) <= 21  # the other worker was in the middle of one
-    attempts = sum(t.user_attrs.get(attributes.OOM_ATTEMPTS, 0) for t in found)
-    smallest = min(t.user_attrs[attributes.MICROBATCH_SIZE] for t in found)
-    # Without a prediction two that begin at the same moment search at the same time.
-    assert attempts <= (1 if model == "traced" else 2 * (math.log2(512 / smallest) + 1))
 
 
 @pytest.mark.slow

@@ -379,6 +379,41 @@ def test_it_stays_small_where_it_was_told_to() -> None:
     assert {backward(*images()).microbatch_size for _ in range(100)} == {3}
 
 
+def test_the_next_size_can_be_chosen_and_is_less_than_what_failed() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def smaller(failed: int, half: int) -> int:
+        asked.append((failed, half))
+        return {6: 2, 1: 100}.get(half, half)
+
+    chosen, told = Hungry(fits=3), Hungry(fits=3)
+    told.load_state_dict(chosen.state_dict())
+    backward = AccumulatedBackward(chosen, nn.functional.cross_entropy, smaller=smaller)
+    torch.manual_seed(0)
+    assert backward(*images()).sizes_tried == (12, 2)
+    assert backward(*images()).sizes_tried == (2,)
+    assert asked == [(12, 6)]
+    torch.manual_seed(0)
+    small = AccumulatedBackward(told, nn.functional.cross_entropy, microbatch_size=2)
+    small(*images())
+    small(*images())
+    assert_equal(gradients(chosen), gradients(told))
+    chosen.fits = 1
+    assert backward(*images()).sizes_tried == (2, 1)  # more than half is not listened to
+    assert asked[1:] == [(2, 1)]
+
+
+def test_an_error_while_the_next_size_is_chosen_leaves_no_trace() -> None:
+    def smaller(failed: int, half: int) -> int:
+        raise ConnectionError
+
+    model = Hungry(fits=3)
+    before = state(model)
+    with pytest.raises(ConnectionError):
+        AccumulatedBackward(model, nn.functional.cross_entropy, smaller=smaller)(*images())
+    assert_equal(state(model), before)
+
+
 def test_one_sample_that_does_not_fit_is_an_error_that_leaves_no_trace() -> None:
     model = Hungry(fits=0)
     for p in model.parameters():
@@ -428,6 +463,7 @@ def test_what_cannot_be_split_is_refused(
         ({"reduction": "max"}, "reduction='max'; must be 'mean' or 'sum'"),
         ({"regrow_after": 0}, "regrow_after=0; must be at least 1, or None for never"),
         ({"reduction": "sum", "count": lambda i, t: 1}, "a sum needs no weights"),
+        ({"smaller": min, "process_group": object()}, "smaller and process_group; give one"),
     ],
 )
 def test_wrong_settings_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -186,6 +186,31 @@ def test_the_limit_ends_with_the_outermost_context_whatever_is_raised() -> None:
 
 
 @linux
+def test_what_is_no_training_can_be_left_out_of_the_limit() -> None:
+    program = """
+        limit = memory_limit(torch.device("cpu"), 16 * MIB)
+        limit.warm_up(lambda: Training(mlp).step(8))
+        limit.start_trial()
+        with limit.lifted():
+            pass
+        with limit.active(), limit.active():
+            imposed = resource.getrlimit(resource.RLIMIT_DATA)
+            assert imposed != UNLIMITED
+            try:
+                with limit.lifted():
+                    assert resource.getrlimit(resource.RLIMIT_DATA) == UNLIMITED
+                    torch.ones(64 * MIB)
+                    raise ConnectionError
+            except ConnectionError:
+                print("raised")
+            assert resource.getrlimit(resource.RLIMIT_DATA) == imposed
+            assert not torch.backends.mkldnn.enabled
+        assert resource.getrlimit(resource.RLIMIT_DATA) == UNLIMITED
+    """
+    assert run(program).split() == ["raised"]
+
+
+@linux
 def test_a_stricter_limit_from_outside_stays() -> None:
     program = """
         limit = memory_limit(torch.device("cpu"), 1024 * MIB)
@@ -291,7 +316,7 @@ def test_no_limit_changes_nothing() -> None:
     assert limit.limit_bytes is None
     limit.warm_up(lambda: pytest.fail("nothing needs a warm-up"))
     limit.start_trial()
-    with limit.active(), limit.active():
+    with limit.active(), limit.active(), limit.lifted():
         assert torch.backends.mkldnn.enabled
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy
 import torch
 from optuna.trial import TrialState
 from torch import nn
@@ -19,6 +20,7 @@ from bs_optuna.sampling import attributes
 from bs_optuna.training import Budget
 from bs_optuna.training import TrainingObjective
 from bs_optuna.training import TrainingTask
+from bs_optuna.training.starting_sizes import StartingSizes
 
 
 SAMPLES = 128
@@ -300,7 +302,7 @@ def test_a_trial_starts_where_the_last_one_ended(study: optuna.Study) -> None:
     task = make_task(fits=8)
     objective = make_objective(task)
     first = run_trial(objective, study, batch_size=64, lr=0.5)
-    assert first.user_attrs[attributes.EVALUATION_FITS] == 8
+    assert first.user_attrs[attributes.MICROBATCH_FITS] == 8
     Limited.seen.clear()
     second = run_trial(make_objective(task), study, batch_size=48, lr=0.5)
     assert second.user_attrs[attributes.BACKOFFS] == 0
@@ -409,9 +411,14 @@ def test_a_trial_that_loses_too_much_to_memory_is_pruned(
 
 
 def test_what_was_lost_is_counted_wherever_memory_ran_out(study: optuna.Study) -> None:
-    short = run_trial(make_objective(make_task(fits=8)), study, batch_size=64, lr=0.5)
-    # 64, 32 and 16 samples in the first step; 32, which are all, and 16 in the first evaluation.
-    assert short.user_attrs[attributes.OOM_ATTEMPTS] == 5
+    task = make_task(fits=8)
+    small = run_trial(make_objective(task), study, batch_size=8, lr=0.5)
+    # 32 samples, which are all, and 16 in the first evaluation.
+    assert small.user_attrs[attributes.OOM_ATTEMPTS] == 2
+    assert small.user_attrs[attributes.EVALUATION_FITS] == 8
+    short = run_trial(make_objective(task), study, batch_size=64, lr=0.5)
+    # 64, 32 and 16 samples in the first step.
+    assert short.user_attrs[attributes.OOM_ATTEMPTS] == 3
     whole = run_trial(make_objective(make_task()), study, batch_size=64, lr=0.5)
     assert attributes.OOM_ATTEMPTS not in whole.user_attrs
     assert attributes.OOM_SECONDS not in whole.user_attrs
@@ -427,6 +434,72 @@ def test_what_does_not_fit_is_known_to_others_while_the_trial_goes_on(study: opt
     objective = make_objective(make_task(fits=8, metrics={"accuracy": metric}))
     run_trial(objective, study, batch_size=64, lr=0.5)
     assert set(learned) == {16}
+
+
+def test_what_does_not_fit_is_known_to_others_after_each_attempt(study: optuna.Study) -> None:
+    told = []
+
+    class Watched(Limited):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            stored = study.get_trials()[-1].user_attrs
+            keys = attributes.MICROBATCH_FAILS, attributes.MICROBATCH_TRIED
+            told.append((len(x), *map(stored.get, keys)))
+            return super().forward(x)
+
+    objective = make_objective(make_task(fits=16, model=lambda: Watched(16)))
+    told.clear()  # the rehearsal
+    run_trial(objective, study, batch_size=64, lr=0.5)
+    assert told[:3] == [(64, None, None), (32, 64, 32), (16, 32, 16)]
+
+
+def test_where_sizes_are_searched_what_others_try_is_left_to_them(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StartingSizes, "searched", True)
+    objective = make_objective(make_task())
+    key = run_trial(objective, study, batch_size=8, lr=0.5).user_attrs[attributes.MEMORY_KEY]
+    other = study.ask()  # its worker will be killed: it never goes on
+    other.set_user_attr(attributes.MEMORY_KEY, key)
+    other.set_user_attr(attributes.MICROBATCH_TRIED, 64)
+    beside = run_trial(objective, study, batch_size=64, lr=0.5).user_attrs
+    assert beside[attributes.MICROBATCH_SIZE] == beside[attributes.MICROBATCH_FITS] == 32
+    assert beside[attributes.MICROBATCH_TRIED] == 32
+    assert beside[attributes.SAMPLES] == 512
+    assert max(Limited.seen) == 32  # in all steps: it grows back to what has run here
+    after = run_trial(objective, study, batch_size=64, lr=0.5).user_attrs
+    assert after[attributes.MICROBATCH_SIZE] == 64
+
+
+def test_where_nothing_is_searched_nothing_is_claimed(study: optuna.Study) -> None:
+    stored = run_trial(make_objective(make_task()), study, batch_size=64, lr=0.5).user_attrs
+    assert attributes.MICROBATCH_TRIED not in stored
+
+
+@pytest.mark.parametrize("searched", [False, True])
+def test_what_is_known_to_fit_costs_no_access_to_the_storage(
+    monkeypatch: pytest.MonkeyPatch, searched: bool
+) -> None:
+    monkeypatch.setattr(StartingSizes, "searched", searched)
+    statements: list[str] = []
+    storage = optuna.storages.RDBStorage("sqlite:///:memory:")
+    study = optuna.create_study(storage=storage)
+    seen: list[int] = []
+
+    class Watched(Limited):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(len(statements))
+            return super().forward(x)
+
+    objective = make_objective(make_task(model=lambda: Watched(64)), budget=Budget("steps", 40))
+    run_trial(objective, study, batch_size=64, lr=0.5)
+    sqlalchemy.event.listen(
+        storage.engine, "before_cursor_execute", lambda *a: statements.append(a[2])
+    )
+    del seen[:], statements[:]
+    run_trial(objective, study, batch_size=64, lr=0.5)
+    # Between two rungs nothing is read or written; at four of the five there is a report.
+    assert len(set(seen)) <= 5
+    assert not [s for s in statements[: max(seen)] if attributes.MICROBATCH_TRIED in s]
 
 
 def test_a_diverged_trial_prunes_with_its_reason(study: optuna.Study) -> None:
