@@ -141,9 +141,11 @@ def _dry_run(config: StudyConfig) -> int:
     from rich.console import Console
 
     from bs_optuna.report.forecast import forecast
+    from bs_optuna.study.blame import named_errors
     from bs_optuna.tasks.loading import load_task
 
-    Console().print(forecast(config, load_task(config.task)))
+    with named_errors(f"the set-up of task {config.task}"):
+        Console().print(forecast(config, load_task(config.task)))
     return 0
 
 
@@ -161,6 +163,7 @@ def _run(config: StudyConfig, arguments: list[str], verbosity: Verbosity) -> int
 
     from bs_optuna.report.summary import LINE_WIDTH
     from bs_optuna.report.summary import summary
+    from bs_optuna.study.blame import named_errors
     from bs_optuna.study.conclusion import conclude
     from bs_optuna.study.tuning import prepare
     from bs_optuna.tasks.loading import load_task
@@ -171,7 +174,8 @@ def _run(config: StudyConfig, arguments: list[str], verbosity: Verbosity) -> int
     console = Console(markup=False, highlight=False)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    tuning = prepare(config, load_task(config.task))
+    with named_errors(f"the set-up of task {config.task}"):
+        tuning = prepare(config, load_task(config.task))
     try:
         _search(tuning, config, console, verbosity)
         with console.status("training the recommended setting anew"):

@@ -22,8 +22,8 @@ def device_named(name: str) -> torch.device | None:
             f"device={name}; there is no such kind of device. Try cuda, mps, cpu or auto."
         ) from None
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError) as error:  # also where it holds no values
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
         raise ConfigError(f"device={name}; it cannot be used: {reason}. Try device=auto.") from None
     return device

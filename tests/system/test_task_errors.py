@@ -89,3 +89,33 @@ def test_in_a_final_run_it_is_shown_with_one_line_too(tmp_path: Path) -> None:
     assert "'s setting ended by ArithmeticError: my own; its traceback" in run.stderr
     study = open_study(storage=f"sqlite:///{tmp_path}/studies/wrong.db", name="wrong")
     assert len(study.get_trials(states=(TrialState.COMPLETE,))) == 3
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "how"),
+    [
+        ("import torch\nx = y", "NameError: name 'y' is not defined", ()),
+        ("def task(:", "SyntaxError: invalid syntax (wrong.py, line 1)", ("--dry-run",)),
+        (TASK.replace("torch.nn.Linear(1, 1)", "layer"), "NameError: name 'layer'", ()),
+    ],
+    ids=["loaded", "read", "model"],
+)
+def test_before_any_trial_it_is_shown_with_one_line_that_names_the_task(
+    tmp_path: Path, source: str, error: str, how: tuple[str, ...]
+) -> None:
+    (tmp_path / "wrong.py").write_text(source)
+    run = subprocess.run(
+        [sys.executable, "-m", "bs_optuna.tune", "wrong.py", "--batch-size", "8:16", *how],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert 'wrong.py", line' in run.stderr
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith(f"error: the set-up of task wrong.py ended by {error}")
+    assert last.endswith("mend it, and the same command goes on.")
+    assert run.stderr.count("\nerror: ") == 1

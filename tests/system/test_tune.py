@@ -270,6 +270,7 @@ def test_mistakes_in_settings_end_before_anything_is_loaded(
             "error: device=gpu; there is no such kind of device. Try cuda, mps, cpu or auto.",
         ),
         (["--device", "cuda:99"], "error: device=cuda:99; it cannot be used"),
+        (["--device", "meta"], "error: device=meta; it cannot be used: Tensor.item() cannot be"),
         (
             ["--reference", "32:5"],
             "error: reference=32:5; its learning rate must lie in lr=1e-05:0.1. Widen that with",
