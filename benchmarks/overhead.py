@@ -93,6 +93,8 @@ def bare_training(setting: dict[str, Any]) -> None:
     torch.manual_seed(setting["seed"])
     model = task.model().to(setting["device"])
     optimizer = optimizer_factory(task.optimizer)(model.parameters(), setting["lr"])
+    for group in optimizer.param_groups:
+        group["fused"] = True  # PyTorch's fastest way
     batches = training_batches(
         task.train_data, batch_size=setting["batch_size"], seed=setting["seed"]
     )

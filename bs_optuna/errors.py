@@ -75,14 +75,22 @@ class MicrobatchDoesNotFitError(BsOptunaError, MemoryError):
 
     Attributes:
         sizes_tried: Microbatch sizes that were tried, in order.
+        sizes_failed: Those of them that ran out of memory: all, unless the last one was refused for
+            a microbatch of a single sample.
         bytes_requested: Size in bytes of the allocation that failed last, where it is known.
     """
 
     def __init__(
-        self, message: str, *, sizes_tried: Sequence[int], bytes_requested: int | None
+        self,
+        message: str,
+        *,
+        sizes_tried: Sequence[int],
+        sizes_failed: Sequence[int] | None = None,
+        bytes_requested: int | None,
     ) -> None:
         super().__init__(message)
         self.sizes_tried = tuple(sizes_tried)
+        self.sizes_failed = tuple(sizes_tried if sizes_failed is None else sizes_failed)
         self.bytes_requested = bytes_requested
 
 

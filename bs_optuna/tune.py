@@ -142,9 +142,10 @@ def _dry_run(config: StudyConfig) -> int:
 
     from bs_optuna.report.forecast import forecast
     from bs_optuna.study.blame import named_errors
+    from bs_optuna.study.blame import set_up_of
     from bs_optuna.tasks.loading import load_task
 
-    with named_errors(f"the set-up of task {config.task}"):
+    with named_errors(set_up_of(config.task)):
         Console().print(forecast(config, load_task(config.task)))
     return 0
 
@@ -164,6 +165,7 @@ def _run(config: StudyConfig, arguments: list[str], verbosity: Verbosity) -> int
     from bs_optuna.report.summary import LINE_WIDTH
     from bs_optuna.report.summary import summary
     from bs_optuna.study.blame import named_errors
+    from bs_optuna.study.blame import set_up_of
     from bs_optuna.study.conclusion import conclude
     from bs_optuna.study.tuning import prepare
     from bs_optuna.tasks.loading import load_task
@@ -174,8 +176,9 @@ def _run(config: StudyConfig, arguments: list[str], verbosity: Verbosity) -> int
     console = Console(markup=False, highlight=False)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    with named_errors(f"the set-up of task {config.task}"):
-        tuning = prepare(config, load_task(config.task))
+    with named_errors(set_up_of(config.task)):
+        task = load_task(config.task)
+    tuning = prepare(config, task)
     try:
         _search(tuning, config, console, verbosity)
         with console.status("training the recommended setting anew"):

@@ -90,7 +90,8 @@ def beside(size: int, claims: Iterable[int], *, batch_size: int, fits: int) -> i
     too that several workers try at the same time, no factor of 2 is paid for twice: all of them
     together fail at most log2(largest / smallest that fits) + 1 times, however many there are.
 
-    A claim does not push anybody to a single sample, which some models cannot train on.
+    A claim does not lead anybody to a microbatch of a single sample, which some models cannot train
+    on: rather than that, a size is tried twice.
 
     Args:
         size: The most that is to be tried.
@@ -99,14 +100,20 @@ def beside(size: int, claims: Iterable[int], *, batch_size: int, fits: int) -> i
         fits: Largest size known to fit, which nobody needs to try.
 
     Returns:
-        A size that is close to no claim, unless it is known to fit or at most 2.
+        A size that is close to no claim, unless it is known to fit or less would leave single
+        samples.
     """
     size = AccumulationPlan.within(batch_size, size).microbatch_size
     for claim in sorted(claims, reverse=True):
         if size > fits and close(size, claim):
-            lower = min(size, max(2, fits, claim // 2))
-            size = AccumulationPlan.within(batch_size, lower).microbatch_size
+            size = lowered(size, max(fits, claim // 2), batch_size=batch_size)
     return size
+
+
+def lowered(size: int, limit: int, *, batch_size: int) -> int:
+    """The microbatch size by a limit; the given size if that is less, or leaves single samples."""
+    plan = AccumulationPlan.within(batch_size, max(1, limit))
+    return size if plan.sizes[-1] == 1 else min(size, plan.microbatch_size)
 
 
 def largest_fitting(peak_bytes: Callable[[int], float], limit_bytes: float, *, most: int) -> int:

@@ -33,6 +33,11 @@ def named_errors(training: str) -> Iterator[None]:
         ) from error
 
 
+def set_up_of(task: str) -> str:
+    """What runs before any trial, in a few words."""
+    return f"the set-up of task {task}"
+
+
 def described(trial: optuna.Trial) -> str:
     """A trial that has its batch size and learning rate, in a few words."""
     batch_size, learning_rate = trial.params["batch_size"], trial.params["lr"]

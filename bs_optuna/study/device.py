@@ -23,7 +23,7 @@ def device_named(name: str) -> torch.device | None:
         ) from None
     try:
         torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError) as error:  # also where it holds no values
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
         raise ConfigError(f"device={name}; it cannot be used: {reason}. Try device=auto.") from None
     return device

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import optuna
+from optuna.pruners import BasePruner
 from optuna.pruners import PercentilePruner
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
@@ -23,6 +24,7 @@ from bs_optuna.sampling.feasibility import is_out_of_memory
 from bs_optuna.sampling.sampler import CoupledSampler
 from bs_optuna.study.blame import described
 from bs_optuna.study.blame import named_errors
+from bs_optuna.study.blame import set_up_of
 from bs_optuna.study.device import device_named
 from bs_optuna.study.interruption import requeue_interrupted
 from bs_optuna.study.opening import open_study
@@ -169,6 +171,7 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
             whose learning rate is out of range.
         TaskError: The training data holds fewer samples than the largest batch size.
         StudyError: The storage cannot be used, or the study holds another experiment.
+        TrainingError: The task's own code raised an error.
     """
     if config.optimizer is not None:
         task = replace(task, optimizer=config.optimizer)
@@ -176,18 +179,19 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
     rates = config.lr or DEFAULT_LEARNING_RATES.get(optimizer, DEFAULT_LEARNING_RATES_ELSE)
     _check_reference(config, rates)
     budget = Budget.parse(config.budget or f"samples={DEFAULT_PASSES * task.train_samples}")
-    objective = TrainingObjective(
-        task,
-        budget=budget,
-        batch_size=config.batch_size,
-        learning_rate=rates,
-        microbatch_size=config.microbatch_size,
-        memory_limit=config.memory_limit,
-        oom_budget=config.oom_budget,
-        device=device_named(config.device),
-        seed=config.seed,
-        checkpoints=checkpoints,
-    )
+    with named_errors(set_up_of(config.task)):
+        objective = TrainingObjective(
+            task,
+            budget=budget,
+            batch_size=config.batch_size,
+            learning_rate=rates,
+            microbatch_size=config.microbatch_size,
+            memory_limit=config.memory_limit,
+            oom_budget=config.oom_budget,
+            device=device_named(config.device),
+            seed=config.seed,
+            checkpoints=checkpoints,
+        )
     name = config.study or task.name
     storage = config.storage or f"sqlite:///studies/{name}.db"
     low = rungs(budget, batch_size=config.batch_size[0], count=EVALUATIONS)
@@ -210,20 +214,20 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
     return Tuning(task, objective, study, database, shown, _target(study, config.trials))
 
 
-class _Pruner(PercentilePruner):
-    """Optuna's, that reads all trials only where it may prune.
+class _Pruner(BasePruner):
+    """Optuna's pruner, asked only where it may prune: it reads all trials first.
 
     Args:
         warmup: No trial is pruned before it reports at this resource.
     """
 
     def __init__(self, *, warmup: int) -> None:
-        super().__init__(PRUNED_ABOVE_PERCENTILE, TRIALS_BEFORE_PRUNING)
+        self._pruner = PercentilePruner(PRUNED_ABOVE_PERCENTILE, TRIALS_BEFORE_PRUNING)
         self._warmup = warmup
 
     def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
         step = trial.last_step
-        return step is not None and step >= self._warmup and super().prune(study, trial)
+        return step is not None and step >= self._warmup and self._pruner.prune(study, trial)
 
 
 def _check_reference(config: StudyConfig, rates: tuple[float, float]) -> None:

@@ -278,8 +278,9 @@ class TrainingRun:
             self._guarded_step()
         self.fits = self.microbatch_size
         failed = len(self.failed_sizes) > failures
-        if first and (failed or settings.short_of_memory) and not settings.evaluation_batch_size:
-            self._evaluation.batch_size = self.fits  # what trains can be evaluated
+        short = first and (failed or settings.short_of_memory)
+        if short and settings.evaluation_batch_size is None:
+            self._evaluation.batch_size = 2 * self.fits  # without gradients that fits as a rule
         if self._search is not None and (first or failed):
             self._search.learned(self)
         self.samples += settings.batch_size
@@ -296,7 +297,7 @@ class TrainingRun:
         try:
             result = self._backward(inputs, targets)
         except MicrobatchDoesNotFitError as error:
-            self.failed_sizes += error.sizes_tried
+            self.failed_sizes += error.sizes_failed
             self.microbatch_size = error.sizes_tried[-1]
             raise
         self.failed_sizes += result.sizes_tried[:-1]

@@ -224,7 +224,9 @@ class TrainingObjective:
         if attempt is not None:
             most = attempt.most(most)
         size = known.microbatch.start(most, predicted=predicted.microbatch)
-        if search is not None and self._starting_sizes.searched and not known.microbatch.hopeless:
+        # What was measured here has run here.
+        unseen = self._starting_sizes.searched and self._microbatch_size != "fastest"
+        if search is not None and unseen and not known.microbatch.hopeless:
             size = search.begin(size, known)
         settings = RunSettings(
             batch_size=batch_size,

@@ -241,7 +241,8 @@ def does_not_fit(verdict: OutOfMemory, tried: list[int], setting: str) -> Microb
         setting: The name of what limits a microbatch.
     """
     asked = "" if verdict.bytes_requested is None else f" {verdict.bytes_requested:,} bytes more,"
-    if verdict.kind == "batch normalization":
+    refused = verdict.kind == "batch normalization"
+    if refused:
         remedy = "it cannot take a single sample: use convert_batch_norm(model), or more memory"
     elif verdict.retryable:
         remedy = "use a smaller model or shorter samples, or give the training more memory"
@@ -251,5 +252,6 @@ def does_not_fit(verdict: OutOfMemory, tried: list[int], setting: str) -> Microb
         f"Out of memory ({verdict.kind}) with {setting}={tried[-1]},{asked} "
         f"after trying {', '.join(map(str, tried))}; {remedy}.",
         sizes_tried=tried,
+        sizes_failed=tried[:-1] if refused else tried,
         bytes_requested=verdict.bytes_requested,
     )

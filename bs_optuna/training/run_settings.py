@@ -26,7 +26,7 @@ class RunSettings:
         evaluation_batch_size: Most samples in a piece of an evaluation, to begin with; None leaves
             it to the microbatch.
         short_of_memory: Whether others have run out of it. An evaluation of which nothing else is
-            known then begins with pieces as large as a microbatch that has trained.
+            known then begins with pieces twice as large as a microbatch that has trained.
         evaluations: How often to evaluate, the end included.
         oom_budget: Largest part of the run's time that may be lost to running out of memory, once
             there were more failures than any search for a size needs.

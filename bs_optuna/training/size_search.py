@@ -6,9 +6,9 @@ from collections.abc import Callable
 from collections.abc import Mapping
 
 from bs_optuna.sampling import attributes
-from bs_optuna.science.accumulation import AccumulationPlan
 from bs_optuna.science.memory import beside
 from bs_optuna.science.memory import close
+from bs_optuna.science.memory import lowered
 from bs_optuna.training.known_sizes import Claim
 from bs_optuna.training.known_sizes import KnownSizes
 from bs_optuna.training.known_sizes import learned
@@ -96,9 +96,7 @@ class SizeSearch:
             # Both have written before they read. Each goes as far down as its rank says, so that
             # they do not meet again.
             rank = sum(c.trial < self._trial and close(size, c.size) for c in self._others(known))
-            size = AccumulationPlan.within(
-                self._batch_size, max(min(2, free), free >> rank)
-            ).microbatch_size
+            size = lowered(free, free >> rank, batch_size=self._batch_size)
         return size
 
     def _free(self, size: int, known: KnownSizes) -> int:

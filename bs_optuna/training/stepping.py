@@ -15,6 +15,8 @@ from torch import nn
 
 from bs_optuna.errors import RanksError
 from bs_optuna.errors import StepDoesNotFitError
+from bs_optuna.training.fusing import fused
+from bs_optuna.training.fusing import steps_fused
 from bs_optuna.training.lost import Lost
 from bs_optuna.training.oom import OutOfMemory
 from bs_optuna.training.oom import classify
@@ -37,7 +39,6 @@ _DONE, _DOES_NOT_FIT, _ERROR = 0.0, 1.0, 2.0
 # allocates nothing: whatever fails, fails before a parameter was touched.
 _IN_PLACE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 
-
 _Snapshot = OptimizerSnapshot | CounterSnapshot
 
 
@@ -50,13 +51,12 @@ class GuardedStep:
     given back to the device, and the step is done again, up to three times in all.
 
     What it costs depends on the optimizer. Adam, AdamW, SGD and Adagrad with ``fused=True`` cannot
-    stop in the middle, so only the step counters are copied: microseconds. An Adam, AdamW or SGD
-    that leaves its way to PyTorch, with neither ``fused`` nor ``foreach`` given, is set to
-    ``fused=True`` in its first step where its parameters allow that: the same mathematics, rounded
-    otherwise. Any other optimizer, and every one with a scaler, has its parameters and state
-    copied for the length of each step, on their device, or in the host's memory once the device had
-    no room for that. The same goes for the first step of a fused one with several groups, devices
-    or types of parameters.
+    stop in the middle, so only the step counters are copied: microseconds. On a CPU an Adam, AdamW
+    or SGD for which neither ``fused`` nor ``foreach`` was chosen steps fused here wherever that is
+    the same but for rounding (see `steps_fused`). Any other optimizer, and every one with a scaler,
+    has its parameters and state copied for the length of each step, on their device, or in the
+    host's memory once the device had no room for that. The same goes for the first step of a fused
+    one with several groups, devices or types of parameters.
 
     Not looked after: attributes of an optimizer other than ``state`` and ``param_groups``, and what
     hooks on its step do.
@@ -97,6 +97,7 @@ class GuardedStep:
         self._max_norm = max_norm
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._kept: _Snapshot | None = None  # from a step that the other ranks may have undone
+        self._fuses = False  # in this step, what has not been asked to
         self._ranks: Ranks | None = None
         if process_group is not None:
             device = optimizer.param_groups[0]["params"][0].device
@@ -116,7 +117,8 @@ class GuardedStep:
             self._step_together(self._ranks)
 
     def _step_alone(self) -> None:
-        _fuse(self._optimizer)
+        alone = self._scaler is None and self._ranks is None
+        self._fuses = alone and steps_fused(self._optimizer)
         if self._scaler is not None:
             # It works part by part: with several, one that failed may have left some unscaled.
             attempts = ATTEMPTS if len(_parts(self._optimizer)) == 1 else 1
@@ -176,7 +178,7 @@ class GuardedStep:
 
     def _guard(self) -> Callable[[bool], _Snapshot]:
         optimizer = self._optimizer
-        in_place = self._scaler is None and _steps_in_place(optimizer)
+        in_place = self._scaler is None and (self._fuses or _steps_in_place(optimizer))
         parameters = _stepped(optimizer)
         if in_place and all(map(optimizer.state.get, parameters)):
             return lambda on_host: CounterSnapshot(optimizer)
@@ -192,10 +194,13 @@ class GuardedStep:
             self._survive("clipping", scale)
 
     def _step(self) -> None:
-        if self._scaler is None:
-            self._optimizer.step()
-        else:
+        if self._scaler is not None:
             self._scaler.step(self._optimizer)
+        elif self._fuses:
+            with fused(self._optimizer):
+                self._optimizer.step()
+        else:
+            self._optimizer.step()
 
     def _survive(
         self,
@@ -256,27 +261,6 @@ def _steps_in_place(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a failure comes before the parameters of a part are touched, once it has state."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
     return fused and type(optimizer) in _IN_PLACE
-
-
-def _fuse(optimizer: torch.optim.Optimizer) -> None:
-    """Has one step in place that has not stepped and leaves its way to PyTorch, if it can.
-
-    On a CPU the copies that another way needs take longer than its step.
-    """
-    if type(optimizer) not in _IN_PLACE or optimizer.state:
-        return
-    groups = optimizer.param_groups
-    given = any(g["fused"] is not None or g["foreach"] is not None for g in groups)
-    if given or any(group["differentiable"] for group in groups):
-        return
-    if all(_can_be_fused(p) for group in groups for p in group["params"]):
-        for group in groups:
-            group["fused"] = True
-
-
-def _can_be_fused(p: torch.Tensor) -> bool:
-    plain = type(p) in (torch.Tensor, nn.Parameter) and p.device.type in ("cpu", "cuda")
-    return plain and p.is_floating_point() and not (p.grad is not None and p.grad.is_sparse)
 
 
 def _does_not_fit(what: str, verdict: OutOfMemory) -> StepDoesNotFitError:

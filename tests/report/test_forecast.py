@@ -83,7 +83,9 @@ def test_a_task_that_needs_values_cannot_be_forecast() -> None:
         forecast(StudyConfig(device="cpu"), make_task(loss=loss))
 
 
-def test_a_device_of_unknown_memory_asks_for_a_limit() -> None:
+def test_a_device_of_unknown_memory_asks_for_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = "bs_optuna.report.forecast.device_named"  # there is none on this machine
+    monkeypatch.setattr(named, lambda name: torch.device(name))
     with pytest.raises(ConfigError, match=r"device=meta; .*add --memory-limit"):
         forecast(StudyConfig(device="meta"), make_task())
 

@@ -209,16 +209,30 @@ def test_a_pair_of_inputs_reaches_the_model_from_a_data_set_too(study: optuna.St
     assert trial.state == TrialState.COMPLETE
 
 
+class Normed(Limited):
+    def __init__(self, fits: int) -> None:
+        super().__init__(fits)
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.norm(super().forward(x))
+        return outputs
+
+
+@pytest.mark.filterwarnings("ignore:BatchNorm normalizes:UserWarning")
+def test_a_single_sample_that_batch_norm_refuses_says_nothing_of_memory(
+    study: optuna.Study,
+) -> None:
+    objective = make_objective(make_task(model=lambda: Normed(2)), batch_size=(4, 64))
+    refused = run_trial(objective, study, batch_size=5, lr=0.5)  # 2, 2 and 1
+    assert "batch normalization" in refused.user_attrs[attributes.PRUNE_REASON]
+    assert refused.user_attrs[attributes.MICROBATCH_FAILS] == 5
+    trial = run_trial(objective, study, batch_size=8, lr=0.5)
+    assert trial.state == TrialState.COMPLETE
+    assert trial.user_attrs[attributes.MICROBATCH_SIZE] == 2
+
+
 def test_batch_norm_that_gets_a_single_sample_prunes(study: optuna.Study) -> None:
-    class Normed(Limited):
-        def __init__(self, fits: int) -> None:
-            super().__init__(fits)
-            self.norm = nn.BatchNorm1d(3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            outputs: torch.Tensor = self.norm(super().forward(x))
-            return outputs
-
     objective = make_objective(make_task(model=lambda: Normed(1)))
     with pytest.warns(UserWarning, match="convert_batch_norm"):
         trial = run_trial(objective, study, batch_size=8, lr=0.5)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bs_optuna.training.recipes import learning_rate_factor
 from bs_optuna.training.recipes import optimizer_factory
+from bs_optuna.training.stepping import GuardedStep
 
 
 WARMUP = st.floats(0.01, 0.5)
@@ -34,15 +35,16 @@ def test_the_schedule_starts_at_zero_peaks_after_warmup_and_ends_at_zero(warmup:
         ("sgd", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=False)),
     ],
 )
-def test_fused_optimizers_do_what_plain_ones_do(name: str, reference: object) -> None:
+def test_optimizers_step_as_plain_ones_do(name: str, reference: object) -> None:
     weights = []
     for make in (lambda p: optimizer_factory(name)(p, 0.1), reference):
         torch.manual_seed(0)
         w = torch.nn.Parameter(torch.randn(20, dtype=torch.float64))
         optimizer = make([w])  # type: ignore[operator]
+        step = GuardedStep(optimizer)
         for _ in range(5):
             optimizer.zero_grad()
             (w.sin() ** 2).sum().backward()
-            optimizer.step()
+            step()
         weights.append(w.detach())
     torch.testing.assert_close(weights[0], weights[1])

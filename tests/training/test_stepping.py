@@ -209,46 +209,6 @@ def test_an_error_of_the_users_own_passes() -> None:
         GuardedStep(torch.optim.AdamW([parameter], fused=True))()
 
 
-def stepped(optimizer: type[torch.optim.Optimizer], *, guarded: bool, **how: Any) -> Any:
-    torch.manual_seed(0)
-    model = nn.Linear(36, 3)
-    made = optimizer(model.parameters(), lr=0.01, **how)
-    step = GuardedStep(made) if guarded else made.step
-    for _ in range(3):
-        made.zero_grad()
-        model(images()[0].flatten(1)).square().mean().backward()
-        step()
-    return model.state_dict(), made
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
-def test_an_optimizer_that_leaves_its_way_to_pytorch_steps_in_place(
-    optimizer: type[torch.optim.Optimizer],
-) -> None:
-    found, made = stepped(optimizer, guarded=True)
-    assert [group["fused"] for group in made.param_groups] == [True]
-    assert_equal(found, stepped(optimizer, guarded=False, fused=True)[0])
-    for name, tensor in stepped(optimizer, guarded=False)[0].items():
-        torch.testing.assert_close(found[name], tensor)
-
-
-@pytest.mark.parametrize("how", [{"foreach": True}, {"foreach": False}, {"fused": False}], ids=str)
-def test_a_way_that_was_chosen_is_kept(how: dict[str, bool]) -> None:
-    found, made = stepped(torch.optim.AdamW, guarded=True, **how)
-    assert not made.param_groups[0]["fused"]
-    assert_equal(found, stepped(torch.optim.AdamW, guarded=False, **how)[0])
-
-
-def test_sparse_gradients_are_stepped_as_pytorch_steps_them() -> None:
-    table = nn.Embedding(4, 2, sparse=True)
-    before = table.weight.detach().clone()
-    optimizer = torch.optim.SGD(table.parameters(), lr=0.5)
-    table(torch.tensor([1])).sum().backward()
-    GuardedStep(optimizer)()
-    before[1] -= 0.5
-    assert torch.equal(table.weight.detach(), before)
-
-
 def test_clipping_is_that_of_pytorch() -> None:
     model, twin = network(), network()
     for network_ in (model, twin):

@@ -1,0 +1,69 @@
+"""Whether an optimizer may step fused where nobody chose its way, and such a step.
+
+Fused, a step changes all tensors in one operation that allocates nothing, so it needs no copies to
+be undone. PyTorch 2.13's fused kernels for the CPU are not right for everything that others take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor  # stands for a parameter in a prediction
+
+
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+_TENSORS = (nn.Parameter, torch.Tensor, FakeTensor)
+# Of lower precision SGD's kernel leaves whole blocks of a tensor as they were.
+_TYPES = (torch.float32, torch.float64)
+
+
+def steps_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the next step may be fused: nobody chose another way, and it is right.
+
+    It is for Adam, AdamW and SGD on a CPU in single or double precision, if every parameter with a
+    gradient, that gradient and the state are contiguous (the kernels take no heed of strides, and
+    none of sparse gradients), and either all of them have state or none has (SGD's kernel refuses
+    a parameter that joins later).
+    """
+    return type(optimizer) in _FUSED and all(
+        _can_be_fused(group, optimizer.state) for group in optimizer.param_groups
+    )
+
+
+@contextmanager
+def fused(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A context in which the optimizer steps fused; its settings are as before when it ends."""
+    try:
+        for group in optimizer.param_groups:
+            group["fused"] = True
+        yield
+    finally:
+        for group in optimizer.param_groups:
+            group["fused"] = None
+
+
+def _can_be_fused(group: dict[str, Any], state: Mapping[torch.Tensor, Any]) -> bool:
+    if group["fused"] is not None or group["foreach"] is not None or group["differentiable"]:
+        return False
+    parameters = [p for p in group["params"] if p.grad is not None]
+    if not all(map(_plain, parameters)):
+        return False
+    entries = [entry for p in parameters if (entry := state.get(p))]
+    return len(entries) in (0, len(parameters)) and all(
+        tensor.is_contiguous()
+        for entry in entries
+        for tensor in entry.values()
+        if isinstance(tensor, torch.Tensor)
+    )
+
+
+def _plain(p: torch.Tensor) -> bool:
+    """Whether the kernels are right for a parameter with this gradient."""
+    assert p.grad is not None
+    contiguous = p.is_contiguous() and p.grad.is_contiguous()  # a sparse one never is
+    return contiguous and p.is_cpu and p.dtype in _TYPES and type(p) in _TENSORS
