@@ -35,6 +35,11 @@ def steps_fused(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
+def fusible(p: torch.Tensor) -> bool:
+    """Whether PyTorch's kernels for the CPU are right for a parameter and a gradient alike it."""
+    return p.is_cpu and p.dtype in _TYPES and type(p) in _TENSORS and p.is_contiguous()
+
+
 @contextmanager
 def fused(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """A context in which the optimizer steps fused; its settings are as before when it ends."""
@@ -51,7 +56,7 @@ def _can_be_fused(group: dict[str, Any], state: Mapping[torch.Tensor, Any]) -> b
     if group["fused"] is not None or group["foreach"] is not None or group["differentiable"]:
         return False
     parameters = [p for p in group["params"] if p.grad is not None]
-    if not all(map(_plain, parameters)):
+    if not all(fusible(p) and p.grad.is_contiguous() for p in parameters):  # a sparse one never is
         return False
     entries = [entry for p in parameters if (entry := state.get(p))]
     return len(entries) in (0, len(parameters)) and all(
@@ -60,10 +65,3 @@ def _can_be_fused(group: dict[str, Any], state: Mapping[torch.Tensor, Any]) -> b
         for tensor in entry.values()
         if isinstance(tensor, torch.Tensor)
     )
-
-
-def _plain(p: torch.Tensor) -> bool:
-    """Whether the kernels are right for a parameter with this gradient."""
-    assert p.grad is not None
-    contiguous = p.is_contiguous() and p.grad.is_contiguous()  # a sparse one never is
-    return contiguous and p.is_cpu and p.dtype in _TYPES and type(p) in _TENSORS
