@@ -168,6 +168,7 @@ class AccumulatedBackward:
         self._autocast_dtype = autocast_dtype
         self._exact_batch_norm = batch_norm == "exact"
         self._warned = self._exact_batch_norm  # that microbatches change BatchNorm
+        self._parts = list({id(m): m for root in self._modules for m in root.modules()}.values())
         self._parameters = parameters_of(self._modules)
         devices = {p.device for p in self._parameters}
         self._device_types = {device.type for device in devices}
@@ -262,12 +263,12 @@ class AccumulatedBackward:
         if verdict is None:
             raise failed
         if before is not None:
-            before.check_parameters()
+            before.check_complete()
         return verdict
 
     def _snapshot(self, batch: Batch) -> StepSnapshot:
         return StepSnapshot(
-            self._modules,
+            self._parts,
             self._parameters,
             batch,
             buffer_copies=self._buffer_copies,

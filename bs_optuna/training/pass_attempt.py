@@ -84,6 +84,15 @@ class Report(NamedTuple):
     trainable: float = 0.0  # fingerprint of the parameters that are trained
 
 
+def _incomplete(before: StepSnapshot | None) -> RuntimeError | None:
+    try:
+        if before is not None:
+            before.check_complete()
+    except RuntimeError as error:
+        return error
+    return None
+
+
 @dataclass
 class Attempt:
     """What one rank did in an attempt; until it is kept, ``undo`` leaves nothing of it."""
@@ -130,8 +139,10 @@ class Attempt:
             self.error = error
         else:
             release(error)
+        before = self.before
         self.undo()
         if self.error is None and self.verdict is not None:
+            self.error = _incomplete(before)
             empty_caches()
             self.again = give_up_onednn(self.verdict)
 

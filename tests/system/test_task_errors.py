@@ -38,12 +38,10 @@ def task():
 """
 
 
-def tune(folder: Path, when: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (folder / "wrong.py").write_text(TASK.replace("WHEN", when))
-    (folder / "studies").mkdir()
-    short = ("--budget", "steps=20", "--batch-size", "8:16", "--final-runs", "1")
+def tune(folder: Path, source: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "wrong.py").write_text(source)
     return subprocess.run(
-        [sys.executable, "-m", "bs_optuna.tune", "wrong.py", *short, *arguments],
+        [sys.executable, "-m", "bs_optuna.tune", "wrong.py", "--batch-size", "8:16", *arguments],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -53,13 +51,19 @@ def tune(folder: Path, when: str, *arguments: str) -> subprocess.CompletedProces
     )
 
 
+def tune_raising(folder: Path, when: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "studies").mkdir()
+    short = ("--budget", "steps=20", "--final-runs", "1")
+    return tune(folder, TASK.replace("WHEN", when), *short, *arguments)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", [(), ("--isolate",), ("--workers", "2")], ids=" ".join)
 def test_in_a_trial_it_is_shown_with_one_line_that_names_the_trial(
     tmp_path: Path, where: tuple[str, ...]
 ) -> None:
     when = "torch.is_grad_enabled() and outputs.requires_grad and a_trial_is_stored()"
-    run = tune(tmp_path, when, "--trials", "9", *where)
+    run = tune_raising(tmp_path, when, "--trials", "9", *where)
     assert run.returncode == 1, run.stderr
     study = open_study(storage=f"sqlite:///{tmp_path}/studies/wrong.db", name="wrong")
     failed = study.get_trials(states=(TrialState.FAIL,))
@@ -83,7 +87,7 @@ def test_in_a_trial_it_is_shown_with_one_line_that_names_the_trial(
 
 @pytest.mark.slow
 def test_in_a_final_run_it_is_shown_with_one_line_too(tmp_path: Path) -> None:
-    run = tune(tmp_path, "bool((targets == 9).all())", "--trials", "3")
+    run = tune_raising(tmp_path, "bool((targets == 9).all())", "--trials", "3")
     assert run.returncode == 1, run.stderr
     assert run.stderr.splitlines()[-1].startswith("error: final run 1 of trial ")
     assert "'s setting ended by ArithmeticError: my own; its traceback" in run.stderr
@@ -103,16 +107,7 @@ def test_in_a_final_run_it_is_shown_with_one_line_too(tmp_path: Path) -> None:
 def test_before_any_trial_it_is_shown_with_one_line_that_names_the_task(
     tmp_path: Path, source: str, error: str, how: tuple[str, ...]
 ) -> None:
-    (tmp_path / "wrong.py").write_text(source)
-    run = subprocess.run(
-        [sys.executable, "-m", "bs_optuna.tune", "wrong.py", "--batch-size", "8:16", *how],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    run = tune(tmp_path, source, *how)
     assert run.returncode == 1
     assert 'wrong.py", line' in run.stderr
     last = run.stderr.splitlines()[-1]

@@ -18,7 +18,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bs_optuna.errors import MicrobatchDoesNotFitError
+from bs_optuna.science.accumulation import AccumulationPlan
+from bs_optuna.science.regrowth import MicrobatchLimit
 from bs_optuna.training import AccumulatedBackward
+from bs_optuna.training.pass_attempt import Attempt
+from bs_optuna.training.pass_attempt import Outcome
+from bs_optuna.training.snapshot import StepSnapshot
 
 
 # Splitting it is what is tested here; what it does to BatchNorm, test_normalization.py tells.
@@ -345,6 +350,30 @@ def test_parameters_that_join_later_are_named_when_a_step_is_undone() -> None:
         backward(*images())
     AccumulatedBackward(model, nn.functional.cross_entropy)(*images())
     assert torch.equal(model.late.grad, torch.ones(3))
+
+
+def test_modules_that_join_later_are_named_when_a_step_is_undone() -> None:
+    model = Hungry(fits=3)
+    backward = AccumulatedBackward(model, nn.functional.cross_entropy)
+    model.late = nn.Identity()
+    backward(*(t[:3] for t in images()))  # nothing to undo, and then nothing that was missed
+    backward(*images())
+    backward = AccumulatedBackward(model, nn.functional.cross_entropy)
+    model.later = nn.BatchNorm1d(3)
+    with pytest.raises(RuntimeError, match="module 'later' joined the model after"):
+        backward(*images())
+
+
+def test_of_several_ranks_too_one_tells_the_others_of_what_joined_late() -> None:
+    model = nn.Linear(2, 3)
+    before = StepSnapshot(
+        [model], [*model.parameters()], images(), buffer_copies={}, device_types=(), foreign=False
+    )
+    model.late = nn.BatchNorm1d(3)
+    attempt = Attempt(plan=AccumulationPlan(4, 4), before=before)
+    attempt.judge(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB."))
+    assert "module 'late' joined" in str(attempt.error)
+    assert attempt.report(MicrobatchLimit(4, regrow_after=None)).outcome == Outcome.ERROR
 
 
 def test_backing_off_halves_until_it_fits_and_stays_there() -> None:
