@@ -193,6 +193,7 @@ def main() -> None:
     rows = (
         ("forward and backward (seconds)", lambda: step(device, turns=100)),
         ("whole step, AdamW", lambda: step(device, 100, torch.optim.AdamW)),
+        ("whole step, SGD", lambda: step(device, 100, torch.optim.SGD)),
         ("whole step, RAdam, which is copied", lambda: step(device, 100, torch.optim.RAdam)),
         (f"study of {arguments.trials} trials (seconds)", studies),
         ("--help / import torch, optuna (s)", answer_to_help),
