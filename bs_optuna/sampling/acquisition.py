@@ -92,9 +92,8 @@ def _improvement(
     score -= log_penalty(fit.space, fit.tried, fit.numbers, costs, candidates)
     if fit.anchor is not None and fit.space.ridge is not None:
         b, lr = fit.space.ridge
-        here = np.append(candidates[:, b], fit.anchor.log_batch_size)
-        rho = ridge(here, fit.anchor.exponent, fit.anchor.log_critical)
-        off = candidates[:, lr] - fit.anchor.log_learning_rate - rho[:-1] + rho[-1]
+        best = fit.anchor.best(candidates[:, b], fit.momentum_shift(candidates))
+        off = candidates[:, lr] - best
         sd_off = max(fit.anchor.log_learning_rate_sd, _BELIEF_SD)
         score -= _BELIEF_TRIALS / len(fit.tried) * 0.5 * (off / sd_off) ** 2
     return score
@@ -115,7 +114,7 @@ def _varied(
 ) -> Array:
     """Variations of parents (count, P): half of them steps of many sizes, half a few leaps.
 
-    A change of batch size takes the learning rate along the ridge.
+    A change of batch size or momentum takes the learning rate along the ridge.
     """
     axes = fit.space.axes
     chosen = parents[rng.integers(len(parents), size=count)]
@@ -134,4 +133,5 @@ def _varied(
         children[:, b] = axes[b].snapped(children[:, b])
         children[:, lr] += ridge(children[:, b], theta[:, 0], theta[:, 1])
         children[:, lr] -= ridge(chosen[:, b], theta[:, 0], theta[:, 1])
+        children[:, lr] += fit.momentum_shift(children) - fit.momentum_shift(chosen)
     return children

@@ -12,6 +12,7 @@ from bs_optuna.sampling.history import Scale
 from bs_optuna.sampling.history import scalarised
 from bs_optuna.sampling.space import Space
 from bs_optuna.sampling.start import anchored
+from bs_optuna.sampling.start import momentum_shift
 from bs_optuna.sampling.surrogate import Model
 from bs_optuna.sampling.surrogate import Observations
 from bs_optuna.sampling.surrogate import Points
@@ -107,7 +108,12 @@ class Fit:
         """Coordinates (N, P) as the model wants them."""
         other = self.space.features(coordinates)[0]
         b, lr = self.space.ridge or (0, 0)
-        return Points(coordinates[:, b], coordinates[:, lr], other)
+        at_reference = coordinates[:, lr] - self.momentum_shift(coordinates)
+        return Points(coordinates[:, b], at_reference, other)
+
+    def momentum_shift(self, coordinates: Array) -> Array | float:
+        """How much the momentum of points (N, P) raises ln lr* above that at the reference's."""
+        return 0.0 if self.anchor is None else momentum_shift(self.space, self.anchor, coordinates)
 
     def _explored(
         self, observed: Observations, rng: np.random.Generator, effort: Effort, old: Array | None

@@ -50,6 +50,9 @@ class Recommendation:
         batch_size: Samples per optimizer step.
         learning_rate: Learning rate for it.
         learning_rate_interval: Where the best learning rate for this batch size lies.
+        momentum: Momentum that goes with it, where the study tuned that; None elsewhere.
+        momentum_exponent: Power of 1 - momentum that the best learning rate was taken to be
+            proportional to.
         params: All suggested parameters.
         trial_number: The trial that ran with them; None for a setting never tried.
         value: Expected objective value.
@@ -67,6 +70,8 @@ class Recommendation:
     batch_size: int
     learning_rate: float
     learning_rate_interval: Interval
+    momentum: float | None
+    momentum_exponent: float
     params: Mapping[str, Any]
     trial_number: int | None
     value: float
@@ -86,6 +91,7 @@ def recommend(
     prior: str | ScalingPrior | None = None,
     batch_size_name: str = "batch_size",
     learning_rate_name: str = "lr",
+    momentum_name: str = "momentum",
     seed: int = 0,
 ) -> Recommendation:
     """The setting that a study supports, by posterior mean instead of the luckiest trial.
@@ -97,6 +103,7 @@ def recommend(
         prior: Optimizer or belief; None takes that of the study's CoupledSampler, if it has one.
         batch_size_name: Name of the batch size in the study.
         learning_rate_name: Name of the learning rate in the study.
+        momentum_name: Name of the momentum in the study, if it has one; as in `CoupledSampler`.
         seed: Of the random numbers behind the averages.
 
     Raises:
@@ -112,7 +119,9 @@ def recommend(
         raise StudyError(f"batch_size is {batch_size}; ask for 1 or more.")
     names = (batch_size_name, learning_rate_name)
     trials = _usable(study, names)
-    space = Space(_space(trials, names), batch_size=names[0], learning_rate=names[1])
+    space = Space(
+        _space(trials, names), batch_size=names[0], learning_rate=names[1], momentum=momentum_name
+    )
     if space.ridge is None:
         raise StudyError(
             f"Parameters {names[0]!r} and {names[1]!r} are not both positive numbers; "
@@ -147,6 +156,8 @@ class _Answer:
         self._completed = {t.number for t in trials if _is_complete(t)}
         assert fit.space.ridge is not None
         self._b, self._lr = fit.space.ridge
+        assert fit.anchor is not None
+        self._momentum_exponent = fit.anchor.momentum_exponent
 
     def at(self, batch_size: int | None) -> Recommendation:
         draws = self._draws(self._fit.tried)
@@ -188,6 +199,8 @@ class _Answer:
             batch_size=int(batch_size),
             learning_rate=float(learning_rate),
             learning_rate_interval=interval,
+            momentum=self._momentum(params),
+            momentum_exponent=self._momentum_exponent,
             params=params,
             trial_number=number,
             value=mean,
@@ -229,6 +242,12 @@ class _Answer:
             np.quantile(found, [0.05, 0.5, 0.95], weights=weights, method="inverted_cdf")
         )
         return float(max(min(middle, safe), low)), (float(low), float(high))
+
+    def _momentum(self, params: Mapping[str, Any]) -> float | None:
+        if self._fit.space.momentum is None:
+            return None
+        axis = self._fit.space.axes[self._fit.space.momentum]
+        return 1.0 - math.exp(axis.coordinate(params[axis.name]))
 
     def _draws(self, coordinates: Array) -> Array:
         return self._fit.posterior.draws(self._fit.points(coordinates), self._rng, _DRAWS)

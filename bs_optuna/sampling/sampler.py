@@ -26,6 +26,7 @@ from bs_optuna.sampling.blas import one_thread
 from bs_optuna.sampling.cost import measured
 from bs_optuna.sampling.fit import QUICK
 from bs_optuna.sampling.fit import Fit
+from bs_optuna.sampling.space import ONE_MINUS
 from bs_optuna.sampling.space import Space
 from bs_optuna.sampling.start import start_point
 from bs_optuna.science.prior import ScalingPrior
@@ -47,8 +48,11 @@ class CoupledSampler(BaseSampler):
         prior: The optimizer's name ("sgd", "adamw", "lamb", ...) or a belief of one's own.
         batch_size: Name of the batch size in the objective.
         learning_rate: Name of the learning rate in the objective.
+        momentum: Name of the momentum, where the objective tunes it, or with "one_minus_" before it
+            that of 1 - momentum. With SGD the best learning rate is taken to be proportional to
+            1 - momentum.
         reference: A batch size and a learning rate known to work; the first trial, if they are in
-            range.
+            range. Where momentum is tuned, the learning rate is that for a momentum of 0.9.
         cost: User attribute that holds what a trial cost, such as "seconds" (which falls back to
             the trial's duration). Expected improvement is then divided by the expected cost to a
             power that falls from 1 towards 0 with the number of trials: cheap settings first, the
@@ -65,6 +69,7 @@ class CoupledSampler(BaseSampler):
         prior: str | ScalingPrior = "unknown",
         batch_size: str = "batch_size",
         learning_rate: str = "lr",
+        momentum: str = "momentum",
         reference: tuple[float, float] | None = None,
         cost: str | None = None,
         seed: int | None = None,
@@ -77,6 +82,7 @@ class CoupledSampler(BaseSampler):
         self._prior = belief if reference is None else belief.with_reference(*reference)
         self._batch_size = batch_size
         self._learning_rate = learning_rate
+        self._momentum = momentum
         self._cost = cost
         self._entropy = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._walkers: Array | None = None
@@ -178,13 +184,14 @@ class CoupledSampler(BaseSampler):
         return study.get_trials(deepcopy=False)
 
     def _company(self, trial: FrozenTrial, name: str) -> dict[str, BaseDistribution]:
-        """What a parameter suggested alone has to fit: batch size for lr, and the reverse.
+        """What a parameter suggested alone has to fit: batch size and momentum for lr, and so on.
 
         If the learning rate comes first, its batch size is the reference's, unless it was enqueued;
         a batch size that comes first walks along the ridge wherever that may lie.
         """
         ridge = (self._batch_size, self._learning_rate)
-        company = {n: d for n, d in trial.distributions.items() if n in ridge and n != name}
+        coupled = (*ridge, self._momentum, ONE_MINUS + self._momentum)
+        company = {n: d for n, d in trial.distributions.items() if n in coupled and n != name}
         if name == self._learning_rate and self._batch_size not in company:
             sizes = [self._prior.reference_batch_size, _known(trial).get(self._batch_size)]
             numbers = [round(b) for b in sizes if isinstance(b, int | float) and b >= 1] or [1]
@@ -203,7 +210,12 @@ class CoupledSampler(BaseSampler):
             )
 
     def _space(self, search_space: Mapping[str, BaseDistribution]) -> Space:
-        return Space(search_space, batch_size=self._batch_size, learning_rate=self._learning_rate)
+        return Space(
+            search_space,
+            batch_size=self._batch_size,
+            learning_rate=self._learning_rate,
+            momentum=self._momentum,
+        )
 
     def _rng(self, trial: FrozenTrial, name: str = "") -> np.random.Generator:
         """Random numbers of one trial: the same in every thread and process that has the seed."""

@@ -12,7 +12,6 @@ from bs_optuna.sampling.space import Space
 from bs_optuna.science.prior import LOG_3
 from bs_optuna.science.prior import Anchor
 from bs_optuna.science.prior import ScalingPrior
-from bs_optuna.science.prior import ridge
 
 
 Array = NDArray[np.float64]
@@ -29,10 +28,20 @@ def anchored(space: Space, prior: ScalingPrior) -> Anchor | None:
     """The scaling prior in a space; None if that lacks batch size or learning rate."""
     if space.ridge is None:
         return None
-    batch, lr = (space.axes[j].bounds for j in space.ridge)
+
+    def ends(axis: int) -> tuple[float, float]:
+        low, high = space.axes[axis].bounds
+        return math.exp(low), math.exp(high)
+
+    b, lr = space.ridge
     return prior.anchored_in(
-        (math.exp(batch[0]), math.exp(batch[1])), (math.exp(lr[0]), math.exp(lr[1]))
+        ends(b), ends(lr), None if space.momentum is None else ends(space.momentum)
     )
+
+
+def momentum_shift(space: Space, anchor: Anchor, points: Array) -> Array | float:
+    """How much higher ln lr* is for the momentum of points (N, P) than at the reference's, (N,)."""
+    return 0.0 if space.momentum is None else anchor.momentum_shift(points[:, space.momentum])
 
 
 def start_point(
@@ -88,7 +97,6 @@ def _walk(
         point[b] = anchor.log_batch_size + step * 0.5 * (high - low)
         point[[b]] = space.axes[b].snapped(point[[b]])
     if lr not in fixed:
-        here = np.array([point[b], anchor.log_batch_size])
-        rho = ridge(here, anchor.exponent, anchor.log_critical)
-        point[lr] = anchor.log_learning_rate + rho[0] - rho[1] + off
+        shift = momentum_shift(space, anchor, point[None])
+        point[lr] = anchor.best(point[[b]], shift)[0] + off
     return point

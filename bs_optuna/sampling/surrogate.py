@@ -52,7 +52,8 @@ class Points:
 
     Attributes:
         log_batch_size: ln B, (N,); without meaning in a space that has no ridge.
-        log_learning_rate: ln lr, (N,); likewise.
+        log_learning_rate: ln lr, (N,), turned into what it is worth at the reference's momentum;
+            likewise.
         other: Features of the other parameters, (N, D).
     """
 

@@ -7,7 +7,9 @@ size, (B0, lr0) the reference. The ridge is the saturating law
 
 a power law of slope a below Bc that goes flat above it (McCandlish et al. 2018, arXiv 1812.06162,
 eq. 2.10 and its generalisation for Adam). One power law is never right over the whole range
-(Shallue et al. 2019, arXiv 1811.03600).
+(Shallue et al. 2019, arXiv 1811.03600). Where the momentum m of heavy-ball SGD is tuned too,
+lr/(1 - m) takes the place of lr: so much do the steps after one gradient add up to (Smith et al.
+2018, arXiv 1711.00489; Shallue et al. call it the effective learning rate).
 """
 
 from __future__ import annotations
@@ -40,6 +42,12 @@ _SLOPES = {
     "layerwise": (0.5, 0.25),
     "unknown": (0.5, 0.35),
 }
+
+# Families whose steps add up to lr/(1 - m). Where momentum is a weighted mean of gradients, as in
+# Adam, or its sign is taken, it leaves the scale of lr alone.
+_ADDS_UP = {"sgd"}
+# The momentum that published learning rates of SGD go with (He et al. 2016; Goyal et al. 2017).
+_TYPICAL_MOMENTUM = 0.9
 
 # Optimizer -> (family, learning rate that its authors or libraries start from). The value is at
 # B0 = 256 and is believed only to within a factor of ten.
@@ -83,6 +91,14 @@ class RidgeEvidence(Protocol):
         """Where that lies."""
 
     @property
+    def momentum(self) -> float | None:
+        """The momentum that goes with it, where that was tuned."""
+
+    @property
+    def momentum_exponent(self) -> float:
+        """Power of 1 - m that the best learning rate was taken to be proportional to."""
+
+    @property
     def exponent(self) -> float:
         """A."""
 
@@ -112,6 +128,9 @@ class ScalingPrior:
         learning_rate: Median of lr0, the best learning rate at B0; None means that only the
             searched range tells.
         learning_rate_log_sd: Standard deviation of ln lr0.
+        momentum_exponent: Power of 1 - m that the best learning rate is proportional to, where the
+            momentum m is tuned: 1 for SGD, 0 for optimizers that average gradients, as Adam does.
+        reference_momentum: The momentum that lr0 goes with.
     """
 
     exponent: float
@@ -121,6 +140,8 @@ class ScalingPrior:
     reference_batch_size: float | None = None
     learning_rate: float | None = None
     learning_rate_log_sd: float = LOG_10
+    momentum_exponent: float = 0.0
+    reference_momentum: float = _TYPICAL_MOMENTUM
 
     def __post_init__(self) -> None:
         low, high = _EXPONENT_BOUNDS
@@ -131,6 +152,10 @@ class ScalingPrior:
         for name in ("critical_batch_size", "reference_batch_size", "learning_rate"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
+        if not 0.0 <= self.reference_momentum < 1.0:
+            raise ConfigError(
+                f"reference_momentum is {self.reference_momentum}; choose one from 0 to below 1."
+            )
 
     @classmethod
     def for_optimizer(cls, optimizer: str) -> ScalingPrior:
@@ -152,6 +177,7 @@ class ScalingPrior:
             exponent_sd=sd,
             reference_batch_size=None if learning_rate is None else _TYPICAL_BATCH_SIZE,
             learning_rate=learning_rate,
+            momentum_exponent=1.0 if family in _ADDS_UP else 0.0,
         )
 
     @classmethod
@@ -173,6 +199,10 @@ class ScalingPrior:
             reference_batch_size=evidence.batch_size,
             learning_rate=evidence.learning_rate,
             learning_rate_log_sd=min(learning_rate_sd, LOG_3),
+            momentum_exponent=evidence.momentum_exponent,
+            reference_momentum=(
+                _TYPICAL_MOMENTUM if evidence.momentum is None else evidence.momentum
+            ),
         )
 
     def with_reference(self, batch_size: float, learning_rate: float) -> ScalingPrior:
@@ -206,14 +236,19 @@ class ScalingPrior:
         )
 
     def anchored_in(
-        self, batch_sizes: tuple[float, float], learning_rates: tuple[float, float]
+        self,
+        batch_sizes: tuple[float, float],
+        learning_rates: tuple[float, float],
+        one_minus_momenta: tuple[float, float] | None = None,
     ) -> Anchor:
-        """The belief inside the searched ranges of B and lr, with every None filled in.
+        """The belief inside the searched ranges of B, lr and 1 - m, with every None filled in.
 
         A range is a belief too: its ends are where its author would have been surprised, so it
         counts as a normal whose two standard deviations reach them. It is multiplied with the
         belief about lr0, carried along the mean ridge to the geometric middle of the batch sizes.
-        A reference from experience (within a factor of three) stays where it is.
+        A reference from experience (within a factor of three) stays where it is. Where the momentum
+        is tuned too, ranges that are independent hold pairs that nobody believes in, so they only
+        bound the published learning rate.
         """
         middle = 0.5 * math.log(batch_sizes[0] * batch_sizes[1])
         origin = middle
@@ -227,15 +262,11 @@ class ScalingPrior:
         if trusted and self.learning_rate is not None:
             mean, sd = math.log(self.learning_rate), self.learning_rate_log_sd
         else:
-            low, high = (math.log(lr) for lr in learning_rates)
-            mean, precision = 0.5 * (low + high), (4.0 / max(high - low, 1e-9)) ** 2
+            carried = None
             if self.learning_rate is not None:
                 step = ridge(np.array([origin, middle]), self.exponent, critical)
                 carried = math.log(self.learning_rate) + float(step[1] - step[0])
-                weight = 1.0 / self.learning_rate_log_sd**2
-                mean = (precision * mean + weight * carried) / (precision + weight)
-                precision += weight
-            sd = precision**-0.5
+            mean, sd = self._believed(carried, learning_rates, one_minus_momenta)
         return Anchor(
             exponent=self.exponent,
             exponent_sd=self.exponent_sd,
@@ -244,7 +275,29 @@ class ScalingPrior:
             log_batch_size=here,
             log_learning_rate=mean,
             log_learning_rate_sd=sd,
+            momentum_exponent=self.momentum_exponent,
+            log_one_minus_momentum=math.log1p(-self.reference_momentum),
         )
+
+    def _believed(
+        self,
+        carried: float | None,
+        learning_rates: tuple[float, float],
+        one_minus_momenta: tuple[float, float] | None,
+    ) -> tuple[float, float]:
+        """Mean and deviation of ln lr* at the middle batch size: what is published, and ranges."""
+        low, high = (math.log(lr) for lr in learning_rates)
+        mean, sd = 0.5 * (low + high), max(high - low, 1e-9) / 4.0
+        if carried is None:
+            return mean, sd
+        published_sd = self.learning_rate_log_sd
+        if one_minus_momenta is not None and self.momentum_exponent != 0.0:
+            reference = math.log1p(-self.reference_momentum)
+            shifts = [self.momentum_exponent * (math.log(m) - reference) for m in one_minus_momenta]
+            return min(max(carried, low - max(shifts)), high - min(shifts)), published_sd
+        of_range, of_published = sd**-2, published_sd**-2
+        together = of_range + of_published
+        return (of_range * mean + of_published * carried) / together, together**-0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +312,8 @@ class Anchor:
         log_batch_size: ln B0.
         log_learning_rate: Mean of ln lr0.
         log_learning_rate_sd: Its standard deviation.
+        momentum_exponent: Power of 1 - m that lr* is proportional to.
+        log_one_minus_momentum: ln(1 - m) that ln lr0 goes with.
     """
 
     exponent: float
@@ -268,6 +323,25 @@ class Anchor:
     log_batch_size: float
     log_learning_rate: float
     log_learning_rate_sd: float
+    momentum_exponent: float = 0.0
+    log_one_minus_momentum: float = math.log1p(-_TYPICAL_MOMENTUM)
+
+    def best(self, log_batch_size: Array, shift: Array | float = 0.0) -> Array:
+        """Ln lr* of the mean ridge, elementwise.
+
+        Args:
+            log_batch_size: ln B.
+            shift: What `momentum_shift` says, where momentum is tuned.
+        """
+        origin = np.array(self.log_batch_size)
+        rise = ridge(log_batch_size, self.exponent, self.log_critical) - ridge(
+            origin, self.exponent, self.log_critical
+        )
+        return self.log_learning_rate + rise + shift
+
+    def momentum_shift(self, log_one_minus_momentum: Array) -> Array:
+        """How much higher ln lr* is at ln(1 - m) than at the reference's momentum, elementwise."""
+        return self.momentum_exponent * (log_one_minus_momentum - self.log_one_minus_momentum)
 
 
 def ridge(log_batch_size: Array, exponent: Array | float, log_critical: Array | float) -> Array:

@@ -8,6 +8,7 @@ import multiprocessing
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,51 @@ def test_other_parameters_stay_in_the_middle_during_the_walk() -> None:
     assert [p["layers"] for p in found[:3]] == [4, 4, 4]
     assert [p["weight_decay"] for p in found[:3]] == pytest.approx([1e-3] * 3)
     assert found[3]["weight_decay"] != pytest.approx(1e-3)  # from here on the model decides
+
+
+def heavy_ball(trial: optuna.Trial) -> float:
+    """Best where lr/(1 - momentum) is 0.03, whatever the momentum."""
+    trial.suggest_int("batch_size", 64, 256, log=True)
+    slow = 1.0 - trial.suggest_float("momentum", 0.0, 0.99)
+    off = math.log(trial.suggest_float("lr", 1e-4, 10.0, log=True) / slow / 0.03)
+    return min(off**2, 20.0) + 0.1 * math.log(slow / 0.05) ** 2
+
+
+def one_minus(trial: optuna.Trial) -> float:
+    """The same by another name."""
+    trial.suggest_int("batch_size", 64, 256, log=True)
+    slow = trial.suggest_float("one_minus_momentum", 0.01, 1.0, log=True)
+    off = math.log(trial.suggest_float("lr", 1e-4, 10.0, log=True) / slow / 0.03)
+    return min(off**2, 20.0) + 0.1 * math.log(slow / 0.05) ** 2
+
+
+def test_learning_rate_follows_the_momentum_of_sgd() -> None:
+    def best(prior: ScalingPrior) -> float:
+        samplers = [CoupledSampler(prior=prior, seed=seed) for seed in range(8)]
+        return float(np.mean([run(heavy_ball, 10, sampler=s).best_value for s in samplers]))
+
+    sgd = ScalingPrior.for_optimizer("sgd")
+    assert best(sgd) < 0.7 * best(replace(sgd, momentum_exponent=0.0))
+
+
+def test_momentum_and_its_distance_from_one_are_the_same_parameter() -> None:
+    sgd, same = (CoupledSampler(prior="sgd", seed=0) for _ in range(2))
+    for one, other in zip(
+        params(run(heavy_ball, 6, sampler=sgd)),
+        params(run(one_minus, 6, sampler=same)),
+        strict=True,
+    ):
+        assert 1.0 - one["momentum"] == pytest.approx(other["one_minus_momentum"])  # type: ignore[operator]
+        assert one["lr"] == pytest.approx(other["lr"])
+
+
+def test_what_is_transferred_goes_with_the_momentum_that_it_was_found_at() -> None:
+    advice = recommend(run(heavy_ball, 25, sampler=CoupledSampler(prior="sgd", seed=0)))
+    assert advice.momentum == pytest.approx(advice.params["momentum"])
+    prior = ScalingPrior.from_evidence(advice)
+    assert prior.reference_momentum == advice.momentum
+    assert prior.momentum_exponent == 1.0
+    assert prior.learning_rate == pytest.approx(0.03 * (1.0 - advice.momentum), rel=0.5)  # type: ignore[operator]
 
 
 def test_maximising_is_minimising_the_negative() -> None:

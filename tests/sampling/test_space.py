@@ -29,8 +29,12 @@ DISTRIBUTIONS: dict[str, BaseDistribution] = {
 }
 
 
+def made_of(distributions: dict[str, BaseDistribution]) -> Space:
+    return Space(distributions, batch_size="batch_size", learning_rate="lr", momentum="momentum")
+
+
 def space() -> Space:
-    return Space(DISTRIBUTIONS, batch_size="batch_size", learning_rate="lr")
+    return made_of(DISTRIBUTIONS)
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -56,7 +60,7 @@ def test_categorical_batch_sizes_make_a_ridge_if_they_are_numbers(
     choices: list[Any], ridge: bool
 ) -> None:
     distributions = {"batch_size": CategoricalDistribution(choices), "lr": DISTRIBUTIONS["lr"]}
-    made = Space(distributions, batch_size="batch_size", learning_rate="lr")
+    made = made_of(distributions)
     assert (made.ridge is not None) == ridge
 
 
@@ -75,3 +79,42 @@ def test_features_are_scaled() -> None:
     assert np.abs(features).max() <= 1.0 + 1e-12
     hot = features[:, owners == 6]
     np.testing.assert_allclose((hot**2).sum(1), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "distribution", "value", "coordinate"),
+    [
+        ("momentum", FloatDistribution(0.5, 0.99), 0.9, math.log(0.1)),
+        ("momentum", FloatDistribution(0.5, 0.99, step=0.01), 0.9, math.log(0.1)),
+        ("momentum", CategoricalDistribution([0.9, 0.0, 0.99]), 0.9, math.log(0.1)),
+        ("momentum", IntDistribution(0, 1), 0, 0.0),
+        ("one_minus_momentum", FloatDistribution(0.01, 0.5, log=True), 0.1, math.log(0.1)),
+        ("one_minus_momentum", FloatDistribution(0.01, 0.5), 0.1, math.log(0.1)),
+    ],
+)
+def test_momentum_is_seen_by_how_far_it_is_from_one(
+    name: str, distribution: BaseDistribution, value: float, coordinate: float
+) -> None:
+    made = made_of({name: distribution})
+    assert made.momentum == 0
+    assert made.coordinates([{name: value}])[0, 0] == pytest.approx(coordinate)
+    assert made.params(np.array([coordinate]))[name] == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        FloatDistribution(0.5, 1.5),
+        FloatDistribution(-0.5, 0.5),
+        CategoricalDistribution([0.9, 1.0]),
+        CategoricalDistribution(["low", "high"]),
+    ],
+)
+def test_what_cannot_be_a_momentum_is_an_ordinary_parameter(distribution: BaseDistribution) -> None:
+    assert made_of({"momentum": distribution}).momentum is None
+
+
+def test_a_momentum_of_one_is_never_suggested() -> None:
+    made = made_of({"momentum": FloatDistribution(0.0, 1.0)})
+    found = made.axes[0].value(-100.0)
+    assert found == pytest.approx(0.999)

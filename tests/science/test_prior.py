@@ -71,6 +71,35 @@ def test_units_of_the_learning_rate_do_not_matter(shift: float) -> None:
     assert there.log_learning_rate - here.log_learning_rate == pytest.approx(shift)
 
 
+def test_a_published_learning_rate_goes_with_its_momentum_and_ranges_only_bound_it() -> None:
+    prior = ScalingPrior.for_optimizer("sgd")
+    wide = prior.anchored_in((256, 256), (1e-4, 100.0), (1e-3, 1.0))
+    assert wide.log_learning_rate == pytest.approx(math.log(0.1))
+    low = prior.anchored_in((256, 256), (1e-6, 1e-4), (0.1, 0.5))
+    assert low.log_learning_rate == pytest.approx(math.log(1e-4))
+    high = prior.anchored_in((256, 256), (10.0, 100.0), (0.01, 0.1))
+    assert high.log_learning_rate == pytest.approx(math.log(10.0))
+
+
+@given(st.floats(0.001, 1.0), st.floats(0.001, 1.0))
+def test_the_best_learning_rate_of_sgd_is_proportional_to_one_minus_momentum(
+    m: float, other: float
+) -> None:
+    sgd = ScalingPrior.for_optimizer("sgd").anchored_in((16, 1024), (1e-4, 10.0), (0.01, 0.5))
+    here, there = (float(sgd.momentum_shift(np.array(math.log(x)))) for x in (m, other))
+    assert here - there == pytest.approx(math.log(m / other), abs=1e-9)
+    adam = ScalingPrior.for_optimizer("adamw").anchored_in((16, 1024), (1e-4, 10.0), (0.01, 0.5))
+    assert float(adam.momentum_shift(np.array(math.log(m)))) == 0.0
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0])
+def test_momentum_of_a_reference_out_of_bounds(momentum: float) -> None:
+    with pytest.raises(
+        ConfigError, match=r"reference_momentum is .*; choose one from 0 to below 1"
+    ):
+        ScalingPrior(exponent=1.0, exponent_sd=0.1, reference_momentum=momentum)
+
+
 def test_noise_scale_informs_the_critical_batch_size() -> None:
     prior = ScalingPrior.for_optimizer("sgd")
     measured = prior.with_noise_scale(5000.0)
