@@ -11,8 +11,8 @@ from typing import Any
 
 
 if TYPE_CHECKING:
-    from bs_optuna.sampling.recommend import Recommendation as Recommendation
     from bs_optuna.sampling.recommend import recommend as recommend
+    from bs_optuna.sampling.recommendation import Recommendation as Recommendation
     from bs_optuna.sampling.sampler import CoupledSampler as CoupledSampler
     from bs_optuna.science.prior import ScalingPrior as ScalingPrior
     from bs_optuna.science.scaling import scale_learning_rate as scale_learning_rate
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "CoupledSampler": "sampling.sampler",
-    "Recommendation": "sampling.recommend",
+    "Recommendation": "sampling.recommendation",
     "ScalingPrior": "science.prior",
     "open_study": "study.opening",
     "recommend": "sampling.recommend",

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import is_out_of_memory
-from bs_optuna.sampling.recommend import Recommendation
+from bs_optuna.sampling.recommendation import Recommendation
 from bs_optuna.study.conclusion import Conclusion
 from bs_optuna.study.tuning import Tuning
 from bs_optuna.training.budget import Budget

@@ -13,7 +13,7 @@ from scipy.special import ndtr
 
 from bs_optuna.sampling.cost import log_penalty
 from bs_optuna.sampling.fit import Fit
-from bs_optuna.science.prior import ridge
+from bs_optuna.science.ridge import ridge
 
 
 Array = NDArray[np.float64]

@@ -106,10 +106,17 @@ class Fit:
 
     def points(self, coordinates: Array) -> Points:
         """Coordinates (N, P) as the model wants them."""
-        other = self.space.features(coordinates)[0]
         b, lr = self.space.ridge or (0, 0)
         at_reference = coordinates[:, lr] - self.momentum_shift(coordinates)
-        return Points(coordinates[:, b], at_reference, other)
+        decay = self.space.weight_decay
+        if self.anchor is not None and decay is not None:
+            # What matters is how many samples it takes the weights to forget, B / (lr * decay): one
+            # value of that is best at every lr and B (Wang & Aitchison 2024, arXiv 2405.13698).
+            per_sample = at_reference - self.anchor.log_learning_rate
+            per_sample -= coordinates[:, b] - self.anchor.log_batch_size
+            coordinates = coordinates.copy()
+            coordinates[:, decay] += per_sample
+        return Points(coordinates[:, b], at_reference, self.space.features(coordinates)[0])
 
     def momentum_shift(self, coordinates: Array) -> Array | float:
         """How much the momentum of points (N, P) raises ln lr* above that at the reference's."""

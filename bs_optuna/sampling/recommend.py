@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,13 +23,15 @@ from bs_optuna.sampling.blas import one_thread
 from bs_optuna.sampling.cliff import Cliff
 from bs_optuna.sampling.fit import THOROUGH
 from bs_optuna.sampling.fit import Fit
+from bs_optuna.sampling.recommendation import Interval
+from bs_optuna.sampling.recommendation import Recommendation
 from bs_optuna.sampling.sampler import CoupledSampler
+from bs_optuna.sampling.space import Names
 from bs_optuna.sampling.space import Space
 from bs_optuna.science.prior import ScalingPrior
 
 
 Array = NDArray[np.float64]
-Interval = tuple[float, float]
 
 MINIMUM_TRIALS = 3
 _DRAWS = 40  # functions for each of the hyper-parameter samples
@@ -42,48 +43,6 @@ _BEYOND = 30.0
 _ACCEPTED_RISK = 0.1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recommendation:
-    """A setting, and how sure the study is of it; intervals hold 90 % of the posterior.
-
-    Attributes:
-        batch_size: Samples per optimizer step.
-        learning_rate: Learning rate for it.
-        learning_rate_interval: Where the best learning rate for this batch size lies.
-        momentum: Momentum that goes with it, where the study tuned that; None elsewhere.
-        momentum_exponent: Power of 1 - momentum that the best learning rate was taken to be
-            proportional to.
-        params: All suggested parameters.
-        trial_number: The trial that ran with them; None for a setting never tried.
-        value: Expected objective value.
-        value_interval: Where the value lies, noise of a single run apart.
-        probability_best: Probability that it is the best of the settings tried, by however little:
-            small where many are nearly as good, and near 1 after a few trials far apart, whatever
-            lies between them. None for a setting never tried.
-        exponent: Slope of ln lr* against ln B far below the critical batch size.
-        exponent_interval: Where it lies.
-        critical_batch_size: Batch size in samples around which the ridge goes flat.
-        critical_batch_size_interval: Where it lies.
-        trials: Number of finished trials behind all this.
-    """
-
-    batch_size: int
-    learning_rate: float
-    learning_rate_interval: Interval
-    momentum: float | None
-    momentum_exponent: float
-    params: Mapping[str, Any]
-    trial_number: int | None
-    value: float
-    value_interval: Interval
-    probability_best: float | None
-    exponent: float
-    exponent_interval: Interval
-    critical_batch_size: float
-    critical_batch_size_interval: Interval
-    trials: int
-
-
 def recommend(
     study: Study,
     *,
@@ -92,6 +51,7 @@ def recommend(
     batch_size_name: str = "batch_size",
     learning_rate_name: str = "lr",
     momentum_name: str = "momentum",
+    weight_decay_name: str = "weight_decay",
     seed: int = 0,
 ) -> Recommendation:
     """The setting that a study supports, by posterior mean instead of the luckiest trial.
@@ -104,6 +64,7 @@ def recommend(
         batch_size_name: Name of the batch size in the study.
         learning_rate_name: Name of the learning rate in the study.
         momentum_name: Name of the momentum in the study, if it has one; as in `CoupledSampler`.
+        weight_decay_name: Name of the weight decay, likewise.
         seed: Of the random numbers behind the averages.
 
     Raises:
@@ -119,9 +80,13 @@ def recommend(
         raise StudyError(f"batch_size is {batch_size}; ask for 1 or more.")
     names = (batch_size_name, learning_rate_name)
     trials = _usable(study, names)
-    space = Space(
-        _space(trials, names), batch_size=names[0], learning_rate=names[1], momentum=momentum_name
+    called = Names(
+        batch_size=batch_size_name,
+        learning_rate=learning_rate_name,
+        momentum=momentum_name,
+        weight_decay=weight_decay_name,
     )
+    space = Space(_space(trials, names), called)
     if space.ridge is None:
         raise StudyError(
             f"Parameters {names[0]!r} and {names[1]!r} are not both positive numbers; "

@@ -26,7 +26,7 @@ from bs_optuna.sampling.blas import one_thread
 from bs_optuna.sampling.cost import measured
 from bs_optuna.sampling.fit import QUICK
 from bs_optuna.sampling.fit import Fit
-from bs_optuna.sampling.space import ONE_MINUS
+from bs_optuna.sampling.space import Names
 from bs_optuna.sampling.space import Space
 from bs_optuna.sampling.start import start_point
 from bs_optuna.science.prior import ScalingPrior
@@ -51,6 +51,9 @@ class CoupledSampler(BaseSampler):
         momentum: Name of the momentum, where the objective tunes it, or with "one_minus_" before it
             that of 1 - momentum. With SGD the best learning rate is taken to be proportional to
             1 - momentum.
+        weight_decay: Name of the weight decay, where the objective tunes it on a logarithmic scale.
+            Its best value is taken to be proportional to the batch size and inversely to the
+            learning rate.
         reference: A batch size and a learning rate known to work; the first trial, if they are in
             range. Where momentum is tuned, the learning rate is that for a momentum of 0.9.
         cost: User attribute that holds what a trial cost, such as "seconds" (which falls back to
@@ -70,6 +73,7 @@ class CoupledSampler(BaseSampler):
         batch_size: str = "batch_size",
         learning_rate: str = "lr",
         momentum: str = "momentum",
+        weight_decay: str = "weight_decay",
         reference: tuple[float, float] | None = None,
         cost: str | None = None,
         seed: int | None = None,
@@ -80,9 +84,12 @@ class CoupledSampler(BaseSampler):
             )
         belief = ScalingPrior.for_optimizer(prior) if isinstance(prior, str) else prior
         self._prior = belief if reference is None else belief.with_reference(*reference)
-        self._batch_size = batch_size
-        self._learning_rate = learning_rate
-        self._momentum = momentum
+        self._names = Names(
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            momentum=momentum,
+            weight_decay=weight_decay,
+        )
         self._cost = cost
         self._entropy = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._walkers: Array | None = None
@@ -189,15 +196,15 @@ class CoupledSampler(BaseSampler):
         If the learning rate comes first, its batch size is the reference's, unless it was enqueued;
         a batch size that comes first walks along the ridge wherever that may lie.
         """
-        ridge = (self._batch_size, self._learning_rate)
-        coupled = (*ridge, self._momentum, ONE_MINUS + self._momentum)
+        names = self._names
+        coupled = (names.batch_size, names.learning_rate, names.momentum, names.one_minus_momentum)
         company = {n: d for n, d in trial.distributions.items() if n in coupled and n != name}
-        if name == self._learning_rate and self._batch_size not in company:
-            sizes = [self._prior.reference_batch_size, _known(trial).get(self._batch_size)]
+        if name == names.learning_rate and names.batch_size not in company:
+            sizes = [self._prior.reference_batch_size, _known(trial).get(names.batch_size)]
             numbers = [round(b) for b in sizes if isinstance(b, int | float) and b >= 1] or [1]
-            company[self._batch_size] = IntDistribution(min(numbers), max(numbers), log=True)
-        if name == self._batch_size and self._learning_rate not in company:
-            company[self._learning_rate] = _ANY_LEARNING_RATE
+            company[names.batch_size] = IntDistribution(min(numbers), max(numbers), log=True)
+        if name == names.batch_size and names.learning_rate not in company:
+            company[names.learning_rate] = _ANY_LEARNING_RATE
         return company
 
     def _warn_once(self, name: str) -> None:
@@ -210,12 +217,7 @@ class CoupledSampler(BaseSampler):
             )
 
     def _space(self, search_space: Mapping[str, BaseDistribution]) -> Space:
-        return Space(
-            search_space,
-            batch_size=self._batch_size,
-            learning_rate=self._learning_rate,
-            momentum=self._momentum,
-        )
+        return Space(search_space, self._names)
 
     def _rng(self, trial: FrozenTrial, name: str = "") -> np.random.Generator:
         """Random numbers of one trial: the same in every thread and process that has the seed."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,29 @@ from bs_optuna.sampling.axis import Warp
 Array = NDArray[np.float64]
 
 # Prefix of the name of a parameter that holds 1 - momentum (Choi et al. 2019, arXiv 1910.05446).
-ONE_MINUS = "one_minus_"
+_ONE_MINUS = "one_minus_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """What the parameters are called that belong together.
+
+    Attributes:
+        batch_size: Name of the batch size.
+        learning_rate: Name of the learning rate.
+        momentum: Name of the momentum; with "one_minus_" before it, of 1 - momentum.
+        weight_decay: Name of the weight decay.
+    """
+
+    batch_size: str = "batch_size"
+    learning_rate: str = "lr"
+    momentum: str = "momentum"
+    weight_decay: str = "weight_decay"
+
+    @property
+    def one_minus_momentum(self) -> str:
+        """Name of 1 - momentum."""
+        return _ONE_MINUS + self.momentum
 
 
 class Space:
@@ -28,38 +51,33 @@ class Space:
 
     Args:
         distributions: Parameter names and distributions, none of them of a single value.
-        batch_size: Name of the batch size.
-        learning_rate: Name of the learning rate.
-        momentum: Name of the momentum; with "one_minus_" before it, of 1 - momentum.
+        names: What those that belong together are called.
 
     Attributes:
         axes: The parameters.
         ridge: Numbers of the axes of batch size and learning rate, if there are both.
         momentum: Number of the axis whose coordinate is ln(1 - momentum), if there is one.
+        weight_decay: Number of the axis whose coordinate is ln(weight decay), if there is one.
     """
 
-    def __init__(
-        self,
-        distributions: Mapping[str, BaseDistribution],
-        *,
-        batch_size: str,
-        learning_rate: str,
-        momentum: str,
-    ) -> None:
+    def __init__(self, distributions: Mapping[str, BaseDistribution], names: Names) -> None:
         warps: dict[str, Warp] = {
-            momentum: "log of 1 - v",
-            ONE_MINUS + momentum: "log",
-            batch_size: "log",
-            learning_rate: "log",
+            names.momentum: "log of 1 - v",
+            names.one_minus_momentum: "log",
+            names.batch_size: "log",
+            names.learning_rate: "log",
         }
         self.axes = tuple(
-            Axis.of(name, d, ratio=warps.get(name, "none"), rounded=name == batch_size)
+            Axis.of(name, d, ratio=warps.get(name, "none"), rounded=name == names.batch_size)
             for name, d in distributions.items()
         )
+        # A weight decay may be 0, so its scale is left to the distribution.
+        warps[names.weight_decay] = "log"
         found = {a.name: j for j, a in enumerate(self.axes) if a.warp == warps.get(a.name)}
-        b, lr = found.get(batch_size), found.get(learning_rate)
+        b, lr = found.get(names.batch_size), found.get(names.learning_rate)
         self.ridge = None if b is None or lr is None else (b, lr)
-        self.momentum = found.get(momentum, found.get(ONE_MINUS + momentum))
+        self.momentum = found.get(names.momentum, found.get(names.one_minus_momentum))
+        self.weight_decay = found.get(names.weight_decay)
 
     def coordinates(self, params: Sequence[Mapping[str, Any]]) -> Array:
         """Coordinates of parameter dictionaries that hold every axis, (N, P)."""

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from bs_optuna.sampling.space import Space
 from bs_optuna.science.prior import LOG_3
-from bs_optuna.science.prior import Anchor
 from bs_optuna.science.prior import ScalingPrior
+from bs_optuna.science.ridge import Anchor
 
 
 Array = NDArray[np.float64]

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg.lapack import dtrtrs
 
-from bs_optuna.science.prior import Anchor
-from bs_optuna.science.prior import ridge
+from bs_optuna.science.ridge import Anchor
+from bs_optuna.science.ridge import ridge
 
 
 Array = NDArray[np.float64]

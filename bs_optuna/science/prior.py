@@ -1,15 +1,7 @@
 """What is believed about the best learning rate at every batch size before the first trial.
 
-Symbols: B batch size (samples per optimizer step), lr learning rate, a exponent, Bc critical batch
-size, (B0, lr0) the reference. The ridge is the saturating law
-
-    ln lr*(B) = ln lr0 + a * (ln(1 + Bc/B0) - ln(1 + Bc/B)),
-
-a power law of slope a below Bc that goes flat above it (McCandlish et al. 2018, arXiv 1812.06162,
-eq. 2.10 and its generalisation for Adam). One power law is never right over the whole range
-(Shallue et al. 2019, arXiv 1811.03600). Where the momentum m of heavy-ball SGD is tuned too,
-lr/(1 - m) takes the place of lr: so much do the steps after one gradient add up to (Smith et al.
-2018, arXiv 1711.00489; Shallue et al. call it the effective learning rate).
+Symbols: B batch size (samples per optimizer step), lr learning rate, m momentum, (B0, lr0) the
+reference; a and Bc exponent and critical batch size of the law in `bs_optuna.science.ridge`.
 """
 
 from __future__ import annotations
@@ -17,12 +9,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bs_optuna.errors import ConfigError
+from bs_optuna.science.evidence import RidgeEvidence
+from bs_optuna.science.ridge import TYPICAL_MOMENTUM
+from bs_optuna.science.ridge import Anchor
+from bs_optuna.science.ridge import ridge
 
 
 Array = NDArray[np.float64]
@@ -46,9 +41,6 @@ _SLOPES = {
 # Families whose steps add up to lr/(1 - m). Where momentum is a weighted mean of gradients, as in
 # Adam, or its sign is taken, it leaves the scale of lr alone.
 _ADDS_UP = {"sgd"}
-# The momentum that published learning rates of SGD go with (He et al. 2016; Goyal et al. 2017).
-_TYPICAL_MOMENTUM = 0.9
-
 # Optimizer -> (family, learning rate that its authors or libraries start from). The value is at
 # B0 = 256 and is believed only to within a factor of ten.
 _OPTIMIZERS: dict[str, tuple[str, float | None]] = {
@@ -73,46 +65,6 @@ _TYPICAL_BATCH_SIZE = 256.0
 _EXPONENT_PER_SLOPE = 1.5
 _EXPONENT_BOUNDS = (-0.2, 1.2)
 _SDS_IN_90_PERCENT = 2.0 * 1.645
-
-
-class RidgeEvidence(Protocol):
-    """What has been learned about a ridge; a Recommendation is one. Intervals hold 90 %."""
-
-    @property
-    def batch_size(self) -> int:
-        """Samples per optimizer step."""
-
-    @property
-    def learning_rate(self) -> float:
-        """The best learning rate for it."""
-
-    @property
-    def learning_rate_interval(self) -> tuple[float, float]:
-        """Where that lies."""
-
-    @property
-    def momentum(self) -> float | None:
-        """The momentum that goes with it, where that was tuned."""
-
-    @property
-    def momentum_exponent(self) -> float:
-        """Power of 1 - m that the best learning rate was taken to be proportional to."""
-
-    @property
-    def exponent(self) -> float:
-        """A."""
-
-    @property
-    def exponent_interval(self) -> tuple[float, float]:
-        """Where it lies."""
-
-    @property
-    def critical_batch_size(self) -> float:
-        """Bc in samples."""
-
-    @property
-    def critical_batch_size_interval(self) -> tuple[float, float]:
-        """Where it lies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +93,7 @@ class ScalingPrior:
     learning_rate: float | None = None
     learning_rate_log_sd: float = LOG_10
     momentum_exponent: float = 0.0
-    reference_momentum: float = _TYPICAL_MOMENTUM
+    reference_momentum: float = TYPICAL_MOMENTUM
 
     def __post_init__(self) -> None:
         low, high = _EXPONENT_BOUNDS
@@ -201,7 +153,7 @@ class ScalingPrior:
             learning_rate_log_sd=min(learning_rate_sd, LOG_3),
             momentum_exponent=evidence.momentum_exponent,
             reference_momentum=(
-                _TYPICAL_MOMENTUM if evidence.momentum is None else evidence.momentum
+                TYPICAL_MOMENTUM if evidence.momentum is None else evidence.momentum
             ),
         )
 
@@ -298,62 +250,6 @@ class ScalingPrior:
         of_range, of_published = sd**-2, published_sd**-2
         together = of_range + of_published
         return (of_range * mean + of_published * carried) / together, together**-0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Anchor:
-    """A scaling prior at home in one search space: normal beliefs, logarithms of samples and lr.
-
-    Attributes:
-        exponent: Mean of a.
-        exponent_sd: Its standard deviation.
-        log_critical: Mean of ln Bc.
-        log_critical_sd: Its standard deviation.
-        log_batch_size: ln B0.
-        log_learning_rate: Mean of ln lr0.
-        log_learning_rate_sd: Its standard deviation.
-        momentum_exponent: Power of 1 - m that lr* is proportional to.
-        log_one_minus_momentum: ln(1 - m) that ln lr0 goes with.
-    """
-
-    exponent: float
-    exponent_sd: float
-    log_critical: float
-    log_critical_sd: float
-    log_batch_size: float
-    log_learning_rate: float
-    log_learning_rate_sd: float
-    momentum_exponent: float = 0.0
-    log_one_minus_momentum: float = math.log1p(-_TYPICAL_MOMENTUM)
-
-    def best(self, log_batch_size: Array, shift: Array | float = 0.0) -> Array:
-        """Ln lr* of the mean ridge, elementwise.
-
-        Args:
-            log_batch_size: ln B.
-            shift: What `momentum_shift` says, where momentum is tuned.
-        """
-        origin = np.array(self.log_batch_size)
-        rise = ridge(log_batch_size, self.exponent, self.log_critical) - ridge(
-            origin, self.exponent, self.log_critical
-        )
-        return self.log_learning_rate + rise + shift
-
-    def momentum_shift(self, log_one_minus_momentum: Array) -> Array:
-        """How much higher ln lr* is at ln(1 - m) than at the reference's momentum, elementwise."""
-        return self.momentum_exponent * (log_one_minus_momentum - self.log_one_minus_momentum)
-
-
-def ridge(log_batch_size: Array, exponent: Array | float, log_critical: Array | float) -> Array:
-    """Ln lr* up to a constant: -a ln(1 + Bc/B), elementwise with broadcasting.
-
-    Args:
-        log_batch_size: ln B.
-        exponent: a.
-        log_critical: ln Bc.
-    """
-    scale: Array = np.logaddexp(0.0, log_critical - log_batch_size)
-    return -exponent * scale
 
 
 def _log_sd(interval: tuple[float, float]) -> float:

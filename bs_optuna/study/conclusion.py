@@ -14,8 +14,8 @@ from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.errors import StepDoesNotFitError
 from bs_optuna.errors import StudyError
 from bs_optuna.sampling import attributes
-from bs_optuna.sampling.recommend import Recommendation
 from bs_optuna.sampling.recommend import recommend
+from bs_optuna.sampling.recommendation import Recommendation
 from bs_optuna.study.blame import named_errors
 from bs_optuna.study.tuning import Tuning
 from bs_optuna.training.recipes import LONGEST_WARMUP

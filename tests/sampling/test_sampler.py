@@ -14,6 +14,11 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
 from optuna.samplers import PartialFixedSampler
 from optuna.samplers import TPESampler
 from optuna.trial import TrialState
@@ -22,6 +27,11 @@ from bs_optuna.errors import ConfigError
 from bs_optuna.sampling import CoupledSampler
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling import recommend
+from bs_optuna.sampling.fit import QUICK
+from bs_optuna.sampling.fit import Fit
+from bs_optuna.sampling.history import History
+from bs_optuna.sampling.space import Names
+from bs_optuna.sampling.space import Space
 from bs_optuna.science.prior import ScalingPrior
 
 
@@ -119,6 +129,31 @@ def test_momentum_and_its_distance_from_one_are_the_same_parameter() -> None:
     ):
         assert 1.0 - one["momentum"] == pytest.approx(other["one_minus_momentum"])  # type: ignore[operator]
         assert one["lr"] == pytest.approx(other["lr"])
+
+
+@given(st.floats(-4.0, 0.0), st.floats(-4.0, 4.0))
+@settings(max_examples=20, deadline=None)
+def test_weight_decay_is_seen_as_samples_until_weights_are_forgotten(
+    faster: float, larger: float
+) -> None:
+    """B / (lr * decay) is the same, so the model sees the same weight decay."""
+    space = Space(
+        {
+            "batch_size": IntDistribution(1, 10**6, log=True),
+            "lr": FloatDistribution(1e-6, 1.0, log=True),
+            "weight_decay": FloatDistribution(1e-9, 1e3, log=True),
+        },
+        Names(),
+    )
+    tried = [{"batch_size": 64, "lr": 1e-2 * k, "weight_decay": 1e-2} for k in (0.3, 1.0, 3.0)]
+    seen = History([0, 1, 2], tried, np.array([[1.0], [0.0], [1.0]]), np.zeros(3), [])
+    rng = np.random.default_rng(0)
+    fit = Fit(space, ScalingPrior.for_optimizer("adamw"), seen, rng, effort=QUICK)
+    here = np.array([[math.log(64), math.log(1e-2), math.log(1e-2)]])
+    there = here + np.array([larger, faster, larger - faster])
+    np.testing.assert_allclose(fit.points(here).other, fit.points(there).other, atol=1e-9)
+    stronger = here + np.array([0.0, 0.0, 1.0])
+    assert not np.allclose(fit.points(here).other, fit.points(stronger).other)
 
 
 def test_what_is_transferred_goes_with_the_momentum_that_it_was_found_at() -> None:

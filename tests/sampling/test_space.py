@@ -14,6 +14,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 
+from bs_optuna.sampling.space import Names
 from bs_optuna.sampling.space import Space
 
 
@@ -30,7 +31,7 @@ DISTRIBUTIONS: dict[str, BaseDistribution] = {
 
 
 def made_of(distributions: dict[str, BaseDistribution]) -> Space:
-    return Space(distributions, batch_size="batch_size", learning_rate="lr", momentum="momentum")
+    return Space(distributions, Names())
 
 
 def space() -> Space:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bs_optuna.errors import ConfigError
 from bs_optuna.science.prior import ScalingPrior
-from bs_optuna.science.prior import ridge
+from bs_optuna.science.ridge import ridge
 
 
 exponents = st.floats(0.05, 1.2)
