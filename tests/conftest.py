@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -10,13 +11,18 @@ from pathlib import Path
 
 import optuna
 import pytest
+import threadpoolctl
 import torch
 
 
 sys.path.insert(0, str(Path(__file__).parent))
 # What a shell runs in the background ignores Ctrl-C, and so would the processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Two tests run at a time: threads that wait for each other only cost time, here and in the
+# processes that tests start.
+threadpoolctl.threadpool_limits(1)
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
