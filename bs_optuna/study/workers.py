@@ -257,19 +257,23 @@ class _Crew:
 
 @contextmanager
 def _unheard_interruption() -> Iterator[None]:
-    """A context whose new processes ignore Ctrl-C from their first moment on: it comes through us.
+    """A context whose new processes are deaf to Ctrl-C from their first moment on.
 
-    Here it is heard at the end of the context. Linux keeps a signal that is blocked, also one that
-    is ignored.
+    It comes through us, and here it is heard at the end of the context. New processes inherit that
+    the signal is blocked. In this one it may still arrive by another thread, such as one of BLAS,
+    which does not block it; so it is noted, where ignoring it would lose it.
     """
     resource_tracker.ensure_running()  # its start would unblock the signal
+    noted: list[int] = []
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handler = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if noted:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _signal_name(number: int) -> str:

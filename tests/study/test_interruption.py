@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Callable
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -108,6 +110,17 @@ class Interrupting:
         pipe.recv()
 
 
+@pytest.fixture(params=["alone", "beside another thread"])
+def _company(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A thread that does not block the signal, as those of BLAS: the system may give it to that."""
+    done = threading.Event()
+    if request.param != "alone":
+        threading.Thread(target=done.wait).start()
+    yield
+    done.set()
+
+
+@pytest.mark.usefixtures("_company")
 def test_an_interruption_while_a_worker_starts_is_not_lost(tmp_path: Path) -> None:
     config = StudyConfig(storage=f"sqlite:///{tmp_path / 'study.db'}", budget="steps=1")
     tuning = prepare(config, digits.task())
