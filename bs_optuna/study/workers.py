@@ -114,7 +114,7 @@ class _Crew:
         self._stopped = False
 
     def run(self) -> None:
-        while self._assign():
+        while self._assign_whole():
             # Both, because a process that it left behind may hold the pipe open.
             ends = [worker.process.sentinel for worker in self._workers]
             ready = set(wait([*ends, *(worker.pipe for worker in self._workers)]))
@@ -145,6 +145,11 @@ class _Crew:
             worker.pipe.close()
             worker.process.close()
         self._workers.clear()
+
+    def _assign_whole(self) -> bool:
+        """Assigns without being interrupted while Optuna stores a trial; Ctrl-C is heard after."""
+        with _unheard_interruption():
+            return self._assign()
 
     def _assign(self) -> bool:
         """Gives workers as many trials as the study lacks; says whether any is at one."""
