@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextlib import suppress
@@ -73,6 +74,28 @@ def run_in_workers(
         crew.dismiss()
 
 
+@contextmanager
+def _whole() -> Iterator[None]:
+    """A context, or a decorator of a function, that Ctrl-C does not cut in two: it is heard after.
+
+    Optuna would log a traceback where it was at its database, and a process half started would be
+    lost. Processes that start here inherit that the signal is blocked: it comes to them through us.
+    In this one it may still arrive by another thread, such as one of BLAS, that does not block it;
+    so it is noted, where ignoring it would lose it.
+    """
+    resource_tracker.ensure_running()  # its start would unblock the signal
+    noted: list[int] = []
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    handler = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if noted:
+            signal.raise_signal(signal.SIGINT)
+
+
 @dataclass(eq=False)
 class _Worker:
     """A worker process.
@@ -114,14 +137,11 @@ class _Crew:
         self._stopped = False
 
     def run(self) -> None:
-        while self._assign_whole():
+        while self._assign():
             # Both, because a process that it left behind may hold the pipe open.
             ends = [worker.process.sentinel for worker in self._workers]
             ready = set(wait([*ends, *(worker.pipe for worker in self._workers)]))
-            for worker in list(self._workers):
-                ended = worker.process.sentinel in ready
-                if not self._listen(worker) or ended:
-                    self._bury(worker)
+            self._attend(ready)
 
     def dismiss(self) -> None:
         """Ends all workers; what they are at is queued again."""
@@ -146,11 +166,7 @@ class _Crew:
             worker.process.close()
         self._workers.clear()
 
-    def _assign_whole(self) -> bool:
-        """Assigns without being interrupted while Optuna stores a trial; Ctrl-C is heard after."""
-        with _unheard_interruption():
-            return self._assign()
-
+    @_whole()
     def _assign(self) -> bool:
         """Gives workers as many trials as the study lacks; says whether any is at one."""
         busy = sum(worker.busy for worker in self._workers)
@@ -170,12 +186,19 @@ class _Crew:
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
         process = context.Process(target=self._target, args=(there,))
-        with _unheard_interruption():
-            process.start()
-            worker = _Worker(process, here)
-            self._workers.append(worker)
+        process.start()
+        worker = _Worker(process, here)
+        self._workers.append(worker)
         there.close()
         return worker
+
+    @_whole()
+    def _attend(self, ready: Collection[object]) -> None:
+        """Hears those that have said something, and buries those that have ended."""
+        for worker in list(self._workers):
+            ended = worker.process.sentinel in ready
+            if not self._listen(worker) or ended:
+                self._bury(worker)
 
     def _listen(self, worker: _Worker) -> bool:
         """Hears all that the worker has said; False if that was its last word."""
@@ -258,27 +281,6 @@ class _Crew:
 
     def _trial(self, number: int) -> FrozenTrial:
         return self._tuning.study.get_trials(deepcopy=False)[number]
-
-
-@contextmanager
-def _unheard_interruption() -> Iterator[None]:
-    """A context whose new processes are deaf to Ctrl-C from their first moment on.
-
-    It comes through us, and here it is heard at the end of the context. New processes inherit that
-    the signal is blocked. In this one it may still arrive by another thread, such as one of BLAS,
-    which does not block it; so it is noted, where ignoring it would lose it.
-    """
-    resource_tracker.ensure_running()  # its start would unblock the signal
-    noted: list[int] = []
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    handler = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if noted:
-            signal.raise_signal(signal.SIGINT)
 
 
 def _signal_name(number: int) -> str:

@@ -8,12 +8,16 @@ import subprocess
 import threading
 from collections.abc import Callable
 from collections.abc import Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import optuna
 import pytest
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
+from sqlalchemy.event import listen
+from sqlalchemy.event import remove
 
 from bs_optuna.config import StudyConfig
 from bs_optuna.sampling import attributes
@@ -135,3 +139,54 @@ def test_an_interruption_while_a_worker_starts_is_not_lost(tmp_path: Path) -> No
         )
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert tuning.study.get_trials() == []
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A target that begins a trial and tells its parent, after which a file says so."""
+
+    url: str
+    file: str
+
+    def __call__(self, pipe: Connection) -> None:
+        pipe.recv()
+        number = open_study(storage=self.url, name="digits").ask().number
+        Path(self.file).touch()
+        pipe.send(("created", number))
+        signal.pause()
+
+
+@pytest.mark.parametrize("moment", ["before any trial", "when a trial is heard of"])
+def test_an_interruption_while_the_parent_reads_the_study_leaves_no_traceback(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, moment: str
+) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    told = tmp_path / "told"
+    tuning = prepare(StudyConfig(storage=url, budget="steps=1"), digits.task())
+    assert isinstance(tuning.database, RDBStorage)
+    if moment == "before any trial":
+        told.touch()
+
+    def interrupt(_connection: object) -> None:
+        if told.exists():
+            told.unlink()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    optuna.logging.enable_propagation()
+    listen(tuning.database.engine, "commit", interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_in_workers(
+                tuning,
+                Asking(url, str(told)),
+                count=1,
+                timeout=None,
+                started=lambda trial: None,
+                ended=lambda study, trial: None,
+            )
+    finally:
+        remove(tuning.database.engine, "commit", interrupt)
+        optuna.logging.disable_propagation()
+    assert not caplog.records
+    states = [trial.state for trial in tuning.study.get_trials()]
+    assert states == ([] if moment == "before any trial" else [TrialState.FAIL])
