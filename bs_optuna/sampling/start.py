@@ -83,6 +83,10 @@ def _walk(
     # what differs between the trials of the walk is then due to the ridge.
     walks = index == 0 or (anchor is not None and index < len(_WALK))
     point = space.middle() if walks else space.uniform(rng, 1)[0]
+    if walks and space.momentum is not None and prior.momentum_exponent != 0.0:
+        # The momentum that the learning rate of the prior goes with.
+        axis = space.axes[space.momentum]
+        point[space.momentum] = axis.snapped(np.array(math.log1p(-prior.reference_momentum)))
     for j, coordinate in fixed.items():
         point[j] = coordinate
     if anchor is None or space.ridge is None:

@@ -111,6 +111,16 @@ def one_minus(trial: optuna.Trial) -> float:
     return min(off**2, 20.0) + 0.1 * math.log(slow / 0.05) ** 2
 
 
+def test_a_reference_goes_with_its_momentum() -> None:
+    sampler = CoupledSampler(prior="sgd", reference=(128, 0.02), seed=0)
+    (first,) = params(run(heavy_ball, 1, sampler=sampler))
+    assert first == {
+        "batch_size": 128,
+        "momentum": pytest.approx(0.9),
+        "lr": pytest.approx(0.02),
+    }
+
+
 def test_learning_rate_follows_the_momentum_of_sgd() -> None:
     def best(prior: ScalingPrior) -> float:
         samplers = [CoupledSampler(prior=prior, seed=seed) for seed in range(8)]
