@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,9 @@ from bs_optuna.errors import RanksError
 BUCKET_BYTES = 25 * 2**20
 # What gloo allocates while it reduces: two of its segments of 1 MiB, and some more.
 _GLOO_BYTES = 4 * 2**20
+# Much more than a collective of a few numbers allocates in small pieces; below the size that the C
+# library maps on its own, so that it is free in the heap once it is given up.
+_SPARE_BYTES = 32 * 2**10
 _BITS = 48  # of a fingerprint, which is told as a float64
 
 
@@ -29,7 +33,8 @@ class Ranks:
     """The processes of a group, and a few numbers that each tells all others.
 
     What the collectives need is allocated before, here or in `check_room`: where one of them ran
-    out of memory on a single rank, the others would wait for it.
+    out of memory on a single rank, the others would wait for it. A spare block is given up for each
+    telling, so that a rank which has not a byte left can still say so.
 
     Args:
         group: A process group of ``torch.distributed``, such as ``dist.group.WORLD``.
@@ -56,6 +61,8 @@ class Ranks:
         self.size = dist.get_world_size(group)
         self._numbers = numbers
         self._status = torch.zeros(self.size * numbers + flags, dtype=torch.float64, device=device)
+        self._spare: bytearray | None = None
+        self._take_spare()
 
     def tell(
         self, numbers: Sequence[float], flags: Sequence[float] = ()
@@ -65,6 +72,7 @@ class Ranks:
         Returns:
             The numbers of each rank, and the sum over the ranks of each flag.
         """
+        self._spare = None
         ends = self._numbers * self.size
         start = self._numbers * self.rank
         self._status.zero_()
@@ -73,7 +81,13 @@ class Ranks:
             self._status[ends:] = torch.tensor(flags, dtype=torch.float64)
         self.add_up(self._status)  # each fills its own place, which any backend can do
         told = self._status.tolist()
+        self._take_spare()
         return [told[i : i + self._numbers] for i in range(0, ends, self._numbers)], told[ends:]
+
+    def _take_spare(self) -> None:
+        # Without it the next telling may fail, which it would certainly if this were an error.
+        with suppress(MemoryError):
+            self._spare = bytearray(_SPARE_BYTES)
 
     def check_room(self) -> None:
         """Runs out of memory now, while the others can be told, if a collective would."""

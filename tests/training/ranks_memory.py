@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.training import AccumulatedBackward
 from bs_optuna.training import GuardedStep
 from bs_optuna.training.memory_limit import memory_limit
+from bs_optuna.training.ranks import Ranks
 
 
 def two_steps(
@@ -178,6 +180,24 @@ def real_limits(rank: int) -> dict[str, Any]:
     return found
 
 
+def nothing_left(rank: int) -> tuple[Any, int]:
+    """Rank 1 has used up its heap, in smaller and smaller blocks, when it has to tell so."""
+    ranks = Ranks(dist.group.WORLD, torch.device("cpu"), numbers=2)
+    for _ in range(4):  # as often as where models are made alike: gloo's threads have each run
+        ranks.tell([0.0, 0.0])
+    limit = memory_limit(torch.device("cpu"), 2**20 if rank == 1 else None)
+    limit.warm_up(lambda: network()(images(rank)[0]).sum().backward())
+    limit.start_trial()
+    blocks = []
+    with limit.active():
+        for size in (100_000, 20_000, 5_000, 1_000, 520) if rank == 1 else ():
+            with suppress(MemoryError):
+                while True:
+                    blocks.append(bytearray(size))
+        told = [ranks.tell([rank + 1.0, 5.0]) for _ in range(8)]
+    return told, len(blocks)
+
+
 class Hungry(nn.Module):
     """Runs out of memory above a microbatch size, in forward or in backward."""
 
@@ -225,5 +245,10 @@ def backing_off(rank: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     rank_main(
-        {"any_operation": any_operation, "real_limits": real_limits, "backing_off": backing_off}
+        {
+            "any_operation": any_operation,
+            "real_limits": real_limits,
+            "nothing_left": nothing_left,
+            "backing_off": backing_off,
+        }
     )
