@@ -29,8 +29,8 @@ from bs_optuna.training import AccumulatedBackward
 from bs_optuna.training import GuardedStep
 from bs_optuna.training.data import evaluation_batches
 from bs_optuna.training.data import training_batches
-from bs_optuna.training.recipes import learning_rate_factor
 from bs_optuna.training.recipes import optimizer_factory
+from bs_optuna.training.schedule import learning_rate_factor
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -49,10 +49,10 @@ def forecast(config: StudyConfig, task: TrainingTask) -> Table:
     with as_limited(device, config.memory_limit):
         rows = _forecasts(config, task, device, memory)
     kind = "limit" if config.memory_limit is not None else "memory"
-    table = Table(
-        title=f"Predicted memory of {task.name} on {device}, {kind} {_mib(memory)}",
-        title_justify="left",
-    )
+    title = f"Predicted memory of {task.name} on {device}, {kind} {_mib(memory)}"
+    if task.longest is not None:
+        title += ", all samples as long as the longest"
+    table = Table(title=title, title_justify="left")
     for column in ("batch size", "microbatch size", "accumulation steps", "peak", "fits"):
         table.add_column(column, justify="right")
     for row in rows:

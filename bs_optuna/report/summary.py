@@ -86,9 +86,15 @@ def _setting_rows(tuning: Tuning, conclusion: Conclusion) -> list[tuple[str, str
         ("batch size", str(conclusion.batch_size)),
         ("learning rate", rate),
         ("warmup", _warmup(tuning.objective.budget, conclusion)),
-        ("microbatch size", str(conclusion.microbatch_size)),
+        ("microbatch size", _microbatch(tuning, conclusion.microbatch_size)),
         ("accumulation steps", str(conclusion.accumulation_steps)),
     ]
+
+
+def _microbatch(tuning: Tuning, size: int) -> str:
+    if (longest := tuning.task.longest) is None:
+        return str(size)
+    return f"{size} of the longest samples, or shorter ones with {size * longest:,} elements in all"
 
 
 def _warmup(budget: Budget, conclusion: Conclusion) -> str:

@@ -81,10 +81,9 @@ class Axis:
             return cls(name, distribution, "none", indices, tuple(distribution.choices), True)
         assert isinstance(distribution, FloatDistribution | IntDistribution)
         low, high = distribution.low, distribution.high
-        possible = high > 0 if ratio == "log" else 0 <= low < 1 and high <= 1
-        warp = ratio if possible else "none"
-        if warp == "none" and distribution.log:
-            warp = "log"
+        warp: Warp = "log" if distribution.log else "none"
+        if (ratio == "log" and high > 0) or (ratio == "log of 1 - v" and 0 <= low < 1 >= high):
+            warp = ratio
         levels = None
         if rounded and isinstance(distribution, IntDistribution) and distribution.step == 1:
             levels = _round_levels(distribution.low, distribution.high)

@@ -30,7 +30,7 @@ class RidgeEvidence(Protocol):
 
     @property
     def exponent(self) -> float:
-        """A."""
+        """a, the slope of ln(learning rate) over ln(batch size) where batches are small."""
 
     @property
     def exponent_interval(self) -> tuple[float, float]:
@@ -38,7 +38,7 @@ class RidgeEvidence(Protocol):
 
     @property
     def critical_batch_size(self) -> float:
-        """Bc in samples."""
+        """Critical batch size, in samples."""
 
     @property
     def critical_batch_size_interval(self) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from bs_optuna.sampling.recommend import recommend
 from bs_optuna.sampling.recommendation import Recommendation
 from bs_optuna.study.blame import named_errors
 from bs_optuna.study.tuning import Tuning
-from bs_optuna.training.recipes import LONGEST_WARMUP
+from bs_optuna.training.schedule import LONGEST_WARMUP
 
 
 # Added to the study's seed for the final runs, so that no trial has had theirs.

@@ -104,9 +104,18 @@ class Cutting:
         if self.lengths is None:
             assert self.count is not None
             return tuple(int(self.count(*take(batch, slice(i, i + 1)))) for i in range(samples))
-        lengths = tuple(map(int, torch.as_tensor(self.lengths(*batch)).tolist()))
-        if len(lengths) != samples:
-            raise ValueError(
-                f"lengths gave {len(lengths)} numbers for {samples} samples; must be one of each."
-            )
-        return lengths
+        return sample_lengths(self.lengths, batch)
+
+
+def sample_lengths(lengths: Lengths, batch: Batch) -> tuple[int, ...]:
+    """The length of each sample of a batch.
+
+    Raises:
+        ValueError: There are not as many of them as samples.
+    """
+    found = tuple(map(int, torch.as_tensor(lengths(*batch)).tolist()))
+    if len(found) != (samples := batch_length(batch)):
+        raise ValueError(
+            f"lengths gave {len(found)} numbers for {samples} samples; must be one of each."
+        )
+    return found

@@ -15,7 +15,6 @@ from torch import nn
 from bs_optuna.errors import DivergedError
 from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.science.accumulation import AccumulationPlan
-from bs_optuna.science.companions import warmup_steps
 from bs_optuna.training.backward import AccumulatedBackward
 from bs_optuna.training.checkpoint import CheckpointFile
 from bs_optuna.training.checkpoint import load_training_state
@@ -26,14 +25,14 @@ from bs_optuna.training.evaluation import Evaluation
 from bs_optuna.training.lost import Lost
 from bs_optuna.training.lost import check_thrashing
 from bs_optuna.training.memory_limit import MemoryLimit
+from bs_optuna.training.microbatch_unit import MicrobatchUnit
 from bs_optuna.training.peak_memory import PeakMemory
 from bs_optuna.training.random_states import restore_random_states
-from bs_optuna.training.recipes import LONGEST_WARMUP
-from bs_optuna.training.recipes import learning_rate_factor
 from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.run_settings import RunSettings
 from bs_optuna.training.rungs import Checkpoint
 from bs_optuna.training.rungs import rungs
+from bs_optuna.training.schedule import Schedule
 from bs_optuna.training.search import Search
 from bs_optuna.training.stepping import GuardedStep
 from bs_optuna.training.task import TrainingTask
@@ -62,11 +61,15 @@ class TrainingRun:
         file: Where the state of the run is kept for another process; None keeps none.
 
     Attributes:
+        settings: With what it trains.
         samples: Training samples seen.
         steps: Optimizer steps done.
         warmup: Part of the run in which the learning rate rises, 0 before the first step.
-        microbatch_size: Samples in the largest microbatch of the last step that was tried.
-        fits: Largest microbatch with which the last full step was done; 0 before the first.
+        microbatch_size: Samples in the largest microbatch of the last step that was tried; where
+            they vary in length this and all sizes here are in samples of the longest.
+        accumulation_steps: Microbatches of the last step that was tried.
+        fits: Largest microbatch that a full step was done with since the last one ran out of
+            memory; 0 before the first.
         failed_sizes: Microbatch sizes that ran out of memory.
         evaluation_fits: Samples in a piece of an evaluation, if a larger piece ran out of memory.
         values: Validation loss and metrics of the last checkpoint.
@@ -84,7 +87,7 @@ class TrainingRun:
     ) -> None:
         self._task = task
         self._given_loss = task.loss
-        self._settings = settings
+        self.settings = settings
         self._device = device
         self._limit = limit
         self._search = search
@@ -98,26 +101,13 @@ class TrainingRun:
         self.warmup = 0.0
         self.samples = 0
         self.steps = 0
-        self.microbatch_size = settings.microbatch_size or settings.batch_size
+        self._unit = MicrobatchUnit.of(task)
+        self._tried(settings.microbatch_size or settings.batch_size)
+        self._held = 0  # in full by the largest microbatch of this step
         self.fits = 0
         self.failed_sizes: list[int] = []
         self.evaluation_fits: int | None = None
         self.values: dict[str, float] = {}
-
-    @property
-    def batch_size(self) -> int:
-        """Samples per optimizer step."""
-        return self._settings.batch_size
-
-    @property
-    def learning_rate(self) -> float:
-        """Peak of the schedule."""
-        return self._settings.learning_rate
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Microbatches per optimizer step."""
-        return AccumulationPlan(self.batch_size, self.microbatch_size).accumulation_steps
 
     @property
     def seconds(self) -> float:
@@ -148,7 +138,7 @@ class TrainingRun:
         self._limit.start_trial()
         self._peak.start()
         self._begin = time.perf_counter()
-        settings = self._settings
+        settings = self.settings
         self._build()
         random = self._resume()
         batches = training_batches(
@@ -210,7 +200,7 @@ class TrainingRun:
         return [m for m in (self._model, self._task.loss) if isinstance(m, nn.Module)]
 
     def _build(self) -> None:
-        torch.manual_seed(self._settings.seed)
+        torch.manual_seed(self.settings.seed)
         with self._limit.active():
             self._model = self._task.model().to(self._device)
             if isinstance(self._given_loss, nn.Module):  # with weights or parameters of its own
@@ -221,17 +211,16 @@ class TrainingRun:
         if isinstance(self._task.loss, nn.Module):
             self._parameters += self._task.loss.parameters()
         make_optimizer = optimizer_factory(self._task.optimizer)
-        self._optimizer = make_optimizer(self._parameters, self._settings.learning_rate)
+        self._optimizer = make_optimizer(self._parameters, self.settings.learning_rate)
         self._guarded_step = GuardedStep(self._optimizer)
-        # A factory may give groups of parameters rates of their own.
-        self._peak_rates = [group["lr"] for group in self._optimizer.param_groups]
-        self.warmup = self._warmup()
+        self._schedule = Schedule(self._optimizer, total=self._total)
+        self.warmup = self._schedule.warmup
         # Of a budget in seconds the first step is not known; it is taken for the whole warmup.
         self._step_progress = 1.0 / self._total if self._total else self.warmup
         self._backward = self._make_backward()
         pieces = max(2 * self.microbatch_size, SMALLEST_EVALUATION_BATCH)
-        if self._settings.evaluation_batch_size is not None:
-            pieces = max(1, min(pieces, self._settings.evaluation_batch_size))
+        if self.settings.evaluation_batch_size is not None:
+            pieces = max(1, min(pieces, self.settings.evaluation_batch_size))
         self._evaluation = Evaluation(self._task, batch_size=pieces)
         self._losses = [self._backward.lost, self._guarded_step.lost, self._evaluation.lost]
 
@@ -239,45 +228,39 @@ class TrainingRun:
         return AccumulatedBackward(
             self._model,
             self._task.loss,
-            microbatch_size=self.microbatch_size,
             count=self._task.count,
             batch_norm=self._task.batch_norm,
             smaller=self._smaller,
+            **self._unit.settings(self._task, self.microbatch_size),
         )
 
     def _smaller(self, failed: int, size: int) -> int:
-        if self._search is None or self.fits:  # a spike in what has run here, which passes
+        unit = self._unit
+        wanted = unit.full_size(size)
+        # What has run here meets a spike, which passes; less than a sample is nobody's concern.
+        if self._search is None or self.fits or not wanted:
             return size
         with self._limit.lifted():
-            return self._search.smaller(failed, size)
-
-    def _warmup(self) -> float:
-        if self._total is None:
-            return LONGEST_WARMUP
-        _, beta2 = self._optimizer.defaults.get("betas", (None, None))
-        return warmup_steps(self._total, beta2=beta2) / self._total
+            return unit.limit(self._search.smaller(unit.size(failed), wanted))
 
     def _progress(self) -> float:
         if self._total is None:
-            return self._training_seconds / self._settings.budget.amount
+            return self._training_seconds / self.settings.budget.amount
         return self.steps / self._total
 
     def _step(self, batches: Iterator[tuple[Any, Any]]) -> None:
-        begin, settings = time.perf_counter(), self._settings
+        begin, settings = time.perf_counter(), self.settings
         inputs, targets = next(batches)
         # The middle of the step, so that neither the first nor the last one is lost to a rate of 0.
-        middle = self._progress() + 0.5 * self._step_progress
-        factor = learning_rate_factor(middle, warmup=self.warmup)
-        for group, peak in zip(self._optimizer.param_groups, self._peak_rates, strict=True):
-            group["lr"] = peak * factor
+        self._schedule.set(self._progress() + 0.5 * self._step_progress)
         for parameter in self._parameters:  # optimizer.zero_grad() would take ten times as long
             parameter.grad = None
         first, failures = self.fits == 0, len(self.failed_sizes)
         with self._limit.active():
             loss = self._gradient(inputs, targets)
             self._guarded_step()
-        self.fits = self.microbatch_size
         failed = len(self.failed_sizes) > failures
+        self.fits = self._held if failed else max(self.fits, self._held)
         short = first and (failed or settings.short_of_memory)
         if short and settings.evaluation_batch_size is None:
             self._evaluation.batch_size = 2 * self.fits  # without gradients that fits as a rule
@@ -297,17 +280,24 @@ class TrainingRun:
         try:
             result = self._backward(inputs, targets)
         except MicrobatchDoesNotFitError as error:
-            self.failed_sizes += error.sizes_failed
-            self.microbatch_size = error.sizes_tried[-1]
+            self.failed_sizes += map(self._unit.size, error.sizes_failed)
+            self._tried(self._unit.size(error.sizes_tried[-1]))
             raise
-        self.failed_sizes += result.sizes_tried[:-1]
-        self.microbatch_size = result.microbatch_size
+        *failed, ran = result.sizes_tried
+        self.failed_sizes += map(self._unit.size, failed)
+        self._tried(self._unit.size(ran), steps=result.accumulation_steps)
+        self._held = max(1, self._unit.full_size(ran))
         if self.steps == 0 and result.backoffs:
             # What has never run here does not fit; only what has run may grow back to that.
             self._backward = self._make_backward()
         return result.loss
 
+    def _tried(self, size: int, *, steps: int | None = None) -> None:
+        self.microbatch_size = size
+        plan = AccumulationPlan(self.settings.batch_size, size)
+        self.accumulation_steps = plan.accumulation_steps if steps is None else steps
+
     def _check(self, loss: torch.Tensor) -> None:
-        wait = self._device.type == "cpu" or self._settings.budget.unit == "seconds"
+        wait = self._device.type == "cpu" or self.settings.budget.unit == "seconds"
         if (wait or self.steps % STEPS_BETWEEN_CHECKS == 0) and not math.isfinite(float(loss)):
             raise DivergedError(f"training loss {float(loss)} after {self.samples} samples")

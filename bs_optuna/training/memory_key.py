@@ -32,6 +32,7 @@ def memory_key(task: TrainingTask, *, device: torch.device, limit_bytes: int | N
         task.optimizer if isinstance(task.optimizer, str) else _name(task.optimizer),
         _device_name(device),
         limit_bytes,
+        *(() if task.longest is None else (task.longest,)),  # then sizes are in other units
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

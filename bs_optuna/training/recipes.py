@@ -1,11 +1,7 @@
-"""Optimizers and the learning-rate schedule that every trial is trained with.
-
-p: progress of the run in [0, 1]; f: warmup as a fraction of the run.
-"""
+"""The optimizers that a task can name."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from collections.abc import Iterable
 
@@ -16,9 +12,6 @@ from bs_optuna.training.fusing import fusible
 
 
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter], float], torch.optim.Optimizer]
-
-# Longest warmup worth starting with, as a fraction of the run (Godbole et al., Tuning Playbook).
-LONGEST_WARMUP = 0.1
 
 
 def _adamw(parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
@@ -52,14 +45,3 @@ def optimizer_factory(optimizer: str | OptimizerFactory) -> OptimizerFactory:
             "or a function of parameters and learning rate."
         )
     return OPTIMIZERS[optimizer]
-
-
-def learning_rate_factor(progress: float, *, warmup: float) -> float:
-    """Part of the peak learning rate that is used at ``progress``.
-
-    Linear from 0 to 1 while p < f, then (1 + cos(pi * (p - f) / (1 - f))) / 2 down to 0. A function
-    of progress, not of steps, so that every batch size is trained on the same schedule.
-    """
-    if progress < warmup:  # never where there is none
-        return progress / warmup
-    return 0.5 * (1.0 + math.cos(math.pi * min((progress - warmup) / (1.0 - warmup), 1.0)))

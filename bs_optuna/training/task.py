@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
+from functools import cached_property
 from typing import Any
 from typing import Literal
 
@@ -14,14 +15,20 @@ from torch import nn
 
 from bs_optuna.errors import TaskError
 from bs_optuna.training.backward import LossFunction
+from bs_optuna.training.cutting import Count
+from bs_optuna.training.cutting import Lengths
+from bs_optuna.training.cutting import Trim
+from bs_optuna.training.cutting import sample_lengths
 from bs_optuna.training.data import Data
 from bs_optuna.training.data import as_data
+from bs_optuna.training.data import evaluation_batches
 from bs_optuna.training.data import length
 from bs_optuna.training.recipes import OptimizerFactory
 from bs_optuna.training.recipes import optimizer_factory
 
 
 UNNAMED = "task"
+_READ_AT_ONCE = 256  # samples, while the longest is sought
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +47,20 @@ class TrainingTask:
         objective: What trials are compared by: ``"loss"`` or the name of a metric.
         direction: ``"minimize"`` or ``"maximize"``.
         count: What the means are taken over, as ``count(inputs, targets)``, if not the samples.
+        lengths: For samples that vary in length: the length of each, as ``lengths(inputs,
+            targets)``. A microbatch of n samples then is any number of them that holds no more
+            elements than n of the longest in ``train_data``, which is read once for that; samples
+            of like length go together. See `AccumulatedBackward`.
+        trim: With ``lengths``: cuts the padding of a microbatch off, as ``trim(inputs, targets,
+            longest)``, which returns both.
         batch_norm: ``"exact"`` keeps the running statistics of BatchNorm those of the whole batch
             when memory splits it; see `AccumulatedBackward`.
         name: Names the study and its file; the command line takes the name of the task's file
             or module where it is left out.
 
     Raises:
-        TaskError: Data of another kind, an unknown optimizer, an objective that is no metric, or
-            another ``batch_norm``.
+        TaskError: Data of another kind, an unknown optimizer, an objective that is no metric,
+            another ``batch_norm``, or ``trim`` without ``lengths``.
     """
 
     model: Callable[[], nn.Module]
@@ -59,7 +72,9 @@ class TrainingTask:
     optimizer: str | OptimizerFactory = "adamw"
     objective: str = "loss"
     direction: Literal["minimize", "maximize"] = "minimize"
-    count: Callable[[Any, Any], int | torch.Tensor] | None = None
+    count: Count | None = None
+    lengths: Lengths | None = None
+    trim: Trim | None = None
     batch_norm: Literal["microbatch", "exact"] = "microbatch"
     name: str = UNNAMED
 
@@ -72,6 +87,8 @@ class TrainingTask:
             raise TaskError(f"objective={self.objective!r}; must be one of {', '.join(known)}.")
         if self.direction not in ("minimize", "maximize"):
             raise TaskError(f"direction={self.direction!r}; must be 'minimize' or 'maximize'.")
+        if self.trim is not None and self.lengths is None:
+            raise TaskError("trim is for samples that vary in length; give lengths too.")
         if self.batch_norm not in ("microbatch", "exact"):
             raise TaskError(f"batch_norm={self.batch_norm!r}; must be 'microbatch' or 'exact'.")
 
@@ -79,3 +96,21 @@ class TrainingTask:
     def train_samples(self) -> int:
         """Number of training samples."""
         return length(self.train_data)
+
+    @cached_property
+    def longest(self) -> int | None:
+        """Elements of the longest training sample; None without ``lengths``.
+
+        Raises:
+            TaskError: ``lengths`` gives no number for each sample, or only zeros.
+        """
+        if self.lengths is None:
+            return None
+        pieces = evaluation_batches(self.train_data, batch_size=_READ_AT_ONCE)
+        try:
+            longest = max(max(sample_lengths(self.lengths, piece)) for piece in pieces)
+        except ValueError as error:
+            raise TaskError(str(error)) from None
+        if longest < 1:
+            raise TaskError(f"lengths gave at most {longest}; must be positive for some sample.")
+        return longest

@@ -13,8 +13,8 @@ def what_ran(run: TrainingRun) -> dict[str, object]:
         run: One that has ended, well or not.
     """
     return {
-        attributes.LEARNING_RATE: run.learning_rate,
-        attributes.EFFECTIVE_BATCH_SIZE: run.batch_size,
+        attributes.LEARNING_RATE: run.settings.learning_rate,
+        attributes.EFFECTIVE_BATCH_SIZE: run.settings.batch_size,
         attributes.MICROBATCH_SIZE: run.microbatch_size,
         attributes.ACCUMULATION_STEPS: run.accumulation_steps,
         attributes.BACKOFFS: len(run.failed_sizes),

@@ -103,3 +103,10 @@ def test_a_dry_run_prints_the_table_and_leaves_nothing(tmp_path: Path) -> None:
     assert "Predicted memory of wide on cpu, limit 12.0 MiB" in run.stdout
     assert run.stdout.count("yes") == 6
     assert not list(tmp_path.iterdir())
+
+
+def test_samples_that_vary_are_said_to_be_taken_for_the_longest() -> None:
+    task = make_task(lengths=lambda inputs, targets: [3] * len(inputs))
+    settings: dict[str, Any] = {"device": "cpu", "memory_limit": "8MiB", "batch_size": "24:300"}
+    title = str(forecast(StudyConfig(**settings), task).title)
+    assert title.endswith("limit 8.0 MiB, all samples as long as the longest")

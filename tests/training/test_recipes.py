@@ -1,4 +1,4 @@
-"""The schedule of the learning rate, and optimizers that need no memory in a step."""
+"""Optimizers that need no memory in a step."""
 
 from __future__ import annotations
 
@@ -7,28 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from bs_optuna.training.recipes import learning_rate_factor
 from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.stepping import GuardedStep
-
-
-WARMUP = st.floats(0.01, 0.5)
-
-
-@given(progress=st.floats(0, 1), warmup=WARMUP)
-def test_the_schedule_stays_between_nothing_and_the_peak(progress: float, warmup: float) -> None:
-    assert 0 <= learning_rate_factor(progress, warmup=warmup) <= 1
-
-
-@given(warmup=WARMUP)
-def test_the_schedule_starts_at_zero_peaks_after_warmup_and_ends_at_zero(warmup: float) -> None:
-    assert learning_rate_factor(0.0, warmup=warmup) == 0
-    assert learning_rate_factor(warmup, warmup=warmup) == 1
-    assert learning_rate_factor(1.0, warmup=warmup) == pytest.approx(0, abs=1e-12)
-    assert learning_rate_factor(1.5, warmup=warmup) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize(
