@@ -70,6 +70,18 @@ def test_the_summary_says_what_to_use_and_how_sure_that_is(tuning: Tuning) -> No
     assert stored["batch_size"] == conclusion.batch_size
 
 
+def test_the_summary_counts_samples_that_vary_by_the_longest(tmp_path: Path) -> None:
+    config = StudyConfig(
+        trials=2, budget="samples=64", storage=f"{tmp_path}/study.db", device="cpu", final_runs=0,
+        microbatch_size=8, batch_size="16:32",
+    )  # fmt: skip
+    task = replace(digits.task(), lengths=lambda inputs, targets: [64] * len(inputs))
+    tuning = prepare(config, task)
+    tuning.run(timeout=None, started=lambda trial: None, ended=lambda study, trial: None)
+    text = shown(summary(tuning, conclude(tuning, final_runs=0)))
+    assert "8 of the longest samples, or shorter ones with 512 elements in all" in text
+
+
 def test_an_empty_study_recommends_nothing(tuning: Tuning) -> None:
     empty = replace(tuning, study=optuna.create_study())
     assert conclude(empty, final_runs=1) is None
