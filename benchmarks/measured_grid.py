@@ -19,10 +19,13 @@ from numpy.typing import NDArray
 
 
 Array = NDArray[np.float64]
+Run = tuple[int, float, float]
 
 FILE = Path(__file__).with_name("digits_grid.csv")
 # Of the searched range, which lies anywhere within the grid's: real users do not know the middle.
 LEARNING_RATE_SPAN = math.log(300.0)
+# A study that tries each setting with so many seeds; the others say how far it may be trusted.
+SEEDS_OF_A_STUDY = 3
 CHANCE = math.log(10.0)  # loss of ten equal probabilities: training came to nothing
 
 
@@ -89,15 +92,17 @@ class MeasuredGrid:
         rows = zip(self.sizes, self.mean, strict=True)
         return {int(b): self._lowest(np.log(row)) for b, row in rows}
 
-    def grids(self) -> list[dict[tuple[int, float], float]]:
-        """What each seed measured."""
+    def studies(self) -> list[list[Run]]:
+        """What groups of three seeds measured, (batch size, learning rate, loss) of each run."""
+        groups = range(0, max(1, len(self.losses) - SEEDS_OF_A_STUDY + 1), SEEDS_OF_A_STUDY)
         return [
-            {
-                (int(b), float(lr)): float(losses[i, j])
+            [
+                (int(b), float(lr), float(losses[i, j]))
+                for losses in self.losses[first : first + SEEDS_OF_A_STUDY]
                 for i, b in enumerate(self.sizes)
                 for j, lr in enumerate(self.rates)
-            }
-            for losses in self.losses
+            ]
+            for first in groups
         ]
 
     def stable_below(self, batch_size: int) -> float:

@@ -93,7 +93,7 @@ class Surface:
         sizes = [2**k for k in range(4, 13)]
         return {b: self.best_learning_rate(b) for b in sizes}
 
-    def grids(self) -> list[dict[tuple[int, float], float]]:
+    def studies(self) -> list[list[tuple[int, float, float]]]:
         """Values at the ridge's batch sizes and seven learning rates over the searched range.
 
         A run that diverges has none (inf), as when a real one ends in NaN.
@@ -101,11 +101,11 @@ class Surface:
         low, high = self.learning_rates(0)
         rates = np.exp(np.linspace(math.log(low), math.log(high), 7)).tolist()
         return [
-            {
-                (b, lr): self.value(b, lr) if lr < self.stable_below(b) else math.inf
+            [
+                (b, lr, self.value(b, lr) if lr < self.stable_below(b) else math.inf)
                 for b in self.ridge
                 for lr in rates
-            }
+            ]
         ]
 
     @cached_property

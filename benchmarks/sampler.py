@@ -57,8 +57,8 @@ class Surface(Protocol):
     def stable_below(self, batch_size: int) -> float:
         """Learning rate from which on training breaks."""
 
-    def grids(self) -> list[dict[tuple[int, float], float]]:
-        """Values at batch sizes and learning rates; several if they were measured several times."""
+    def studies(self) -> list[list[tuple[int, float, float]]]:
+        """Batch sizes, learning rates and values of runs; several lists where seeds allow."""
 
 
 BOTORCH = "botorch, 3 random"
@@ -176,9 +176,9 @@ def ridge() -> None:
 def left_out(surface: Surface) -> list[tuple[str, bool, bool]]:
     """Where each batch size lies, whether its answer is close, whether its interval holds it."""
     sizes, answers = list(surface.ridge), []
-    for cells in surface.grids():
+    for runs in surface.studies():
         for size, truth in surface.ridge.items():
-            study = _study({at: value for at, value in cells.items() if at[0] != size}, cells)
+            study = _study([run for run in runs if run[0] != size], runs)
             advice = recommend(study, batch_size=size, prior=surface.optimizer)
             low, high = advice.learning_rate_interval
             place = "edge" if size in (sizes[0], sizes[-1]) else "interior"
@@ -190,16 +190,16 @@ def left_out(surface: Surface) -> list[tuple[str, bool, bool]]:
 
 
 def _study(
-    cells: dict[tuple[int, float], float], everything: dict[tuple[int, float], float]
+    runs: list[tuple[int, float, float]], everything: list[tuple[int, float, float]]
 ) -> optuna.Study:
-    """A study that tried the cells; the ranges are those of everything."""
-    sizes, rates = zip(*everything, strict=True)
+    """A study of the runs; the ranges are those of everything."""
+    sizes, rates, _ = zip(*everything, strict=True)
     space = {
         "batch_size": IntDistribution(min(sizes), max(sizes), log=True),
         "lr": FloatDistribution(min(rates), max(rates), log=True),
     }
     study = optuna.create_study()
-    for (batch_size, lr), value in cells.items():
+    for batch_size, lr, value in runs:
         ended = math.isfinite(value)
         study.add_trial(
             optuna.create_trial(

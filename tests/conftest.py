@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -26,14 +25,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-@pytest.fixture
-def quick_collection() -> Iterator[None]:
-    """Every failure collects garbage: leaves out what was there before the test."""
+def pytest_collection_finish() -> None:
+    """Every failed attempt collects garbage: leaves out what is there before the first test."""
     # The first step of an optimizer imports a good part of PyTorch.
     torch.optim.SGD([torch.ones(1)], lr=0.1).step()
+    gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

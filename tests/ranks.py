@@ -70,7 +70,7 @@ def allocate_too_much() -> None:
 
 
 def network() -> nn.Module:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(),
         nn.Linear(2 * 16, 3),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import digits_grid
@@ -93,10 +94,14 @@ def test_a_run_that_begins_with_divergence_has_a_regret() -> None:
     assert (np.diff(curves) <= 0).all()
 
 
-def test_every_batch_size_is_left_out_of_every_seed(tmp_path: Path) -> None:
-    answers = left_out(grid_of(tmp_path))
-    assert [place for place, *_ in answers] == ["edge", "interior", "edge"] * 2
-    assert all(close for place, close, _ in answers if place == "interior")
+def test_every_batch_size_is_left_out_of_every_study(tmp_path: Path) -> None:
+    two = grid_of(tmp_path)
+    three_times = replace(two, losses=np.concatenate([two.losses] * 3))
+    for grid, studies, trials in ((two, 1, 42), (three_times, 2, 63)):
+        assert [len(study) for study in grid.studies()] == [trials] * studies
+        answers = left_out(grid)
+        assert [place for place, *_ in answers] == ["edge", "interior", "edge"] * studies
+        assert all(close for place, close, _ in answers if place == "interior")
 
 
 def test_a_diverging_run_is_recorded_as_such() -> None:

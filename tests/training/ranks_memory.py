@@ -46,7 +46,7 @@ def two_steps(
         process_group=dist.group.WORLD,
     )  # fmt: skip
     step = GuardedStep(made, max_norm=0.1, process_group=dist.group.WORLD)
-    torch.manual_seed(2 + rank)
+    torch.default_generator.manual_seed(2 + rank)
     results = []
     for number in range(2):
         made.zero_grad()

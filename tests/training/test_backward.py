@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from comparing import assert_equal
+from comparing import random_states
+from comparing import seed_all
 from failing import FailingAt
 from hypothesis import given
 from hypothesis import settings
@@ -33,7 +35,7 @@ IGNORED = -100
 
 
 def mlp() -> nn.Module:
-    torch.manual_seed(0)
+    seed_all(0)
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
 
 
@@ -213,7 +215,7 @@ def test_autocast_runs_model_and_loss_in_the_given_type() -> None:
 
 
 def network() -> nn.Module:
-    torch.manual_seed(0)
+    seed_all(0)
     return nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(),
         nn.Linear(4 * 36, 3),
@@ -231,8 +233,7 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> l
     grads = [p.grad for p in model.parameters()]
     optimizer_state = [] if optimizer is None else list(optimizer.state.values())
     return copy.deepcopy([
-        model.state_dict(), grads, optimizer_state, torch.get_rng_state(), random.getstate(),
-        np.random.get_state(),
+        model.state_dict(), grads, optimizer_state, random_states()
     ])  # fmt: skip
 
 
@@ -242,9 +243,7 @@ def two_steps(microbatch_size: int | None, fail_at: int | None) -> tuple[list[An
     backward = AccumulatedBackward(
         model, nn.functional.cross_entropy, microbatch_size=microbatch_size or "auto"
     )
-    random.seed(2)
-    np.random.seed(2)
-    torch.manual_seed(2)
+    seed_all(2)
     device = FailingAt(fail_at)
     for _ in range(2):
         optimizer.zero_grad()
@@ -255,7 +254,6 @@ def two_steps(microbatch_size: int | None, fail_at: int | None) -> tuple[list[An
     return state(model, optimizer), device
 
 
-@pytest.mark.usefixtures("quick_collection")
 def test_failing_at_any_operation_of_two_steps_changes_no_bit() -> None:
     _, device = two_steps(None, None)
     first = device.marks[0]
@@ -276,9 +274,7 @@ def test_the_mixed_run_equals_one_that_was_told_to_halve() -> None:
     found, _ = two_steps(None, device.operations - 1)
     model, batch = network(), images()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    random.seed(2)
-    np.random.seed(2)
-    torch.manual_seed(2)
+    seed_all(2)
     for microbatch_size in (12, 6):
         optimizer.zero_grad()
         AccumulatedBackward(model, nn.functional.cross_entropy, microbatch_size=microbatch_size)(

@@ -91,7 +91,6 @@ def test_frozen_and_untracked_layers_are_left_alone() -> None:
     assert_equal(model[0].state_dict(), before)
 
 
-@pytest.mark.usefixtures("quick_collection")
 def test_failing_at_any_operation_leaves_exact_statistics() -> None:
     def run(position: int | None, microbatch_size: int) -> tuple[nn.Module, FailingAt]:
         model, batch = first_is_batch_norm(), images(12)

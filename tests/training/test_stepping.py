@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from comparing import assert_equal
+from comparing import random_states
+from comparing import seed_all
 from failing import FailingAt
 from torch import nn
 
@@ -42,7 +43,7 @@ OPTIMIZERS["adamw"] = (OPTIMIZERS["adamw fused"][0], {})  # its way is left to P
 
 
 def network() -> nn.Module:
-    torch.manual_seed(0)
+    seed_all(0)
     return nn.Sequential(
         nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(),
         nn.Linear(2 * 16, 3),
@@ -69,9 +70,7 @@ class Run:
         self.sizes: list[int] = []  # of the microbatches of each step
 
     def train(self, microbatch_sizes: tuple[int, int] | None = None) -> list[Any]:
-        random.seed(2)
-        np.random.seed(2)
-        torch.manual_seed(2)
+        seed_all(2)
         step = GuardedStep(self.optimizer, max_norm=0.1, scaler=self.scaler)
         backward, batch = None, images()
         for number in range(2):
@@ -91,12 +90,11 @@ class Run:
         return copy.deepcopy([
             self.model.state_dict(), [p.grad for p in self.model.parameters()],
             self.optimizer.state_dict(), self.scaler.state_dict(), self.scheduler.state_dict(),
-            torch.get_rng_state(), random.getstate(), np.random.get_state(),
+            random_states(),
         ])  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_collection")
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_failing_at_any_operation_of_two_whole_steps_changes_no_bit(
@@ -120,7 +118,6 @@ def test_failing_at_any_operation_of_two_whole_steps_changes_no_bit(
     assert in_step >= 10  # in clipping and in the optimizer
 
 
-@pytest.mark.usefixtures("quick_collection")
 def test_a_fused_first_step_of_several_groups_fails_as_a_whole() -> None:
     def step(position: int | None) -> tuple[list[torch.Tensor], FailingAt]:
         model = network()
@@ -167,14 +164,14 @@ def test_a_step_that_never_fits_is_an_error_that_leaves_no_trace() -> None:
     step = GuardedStep(optimizer, scaler=scaler)
     scaler.scale(model(images()[0]).sum()).backward()
     before = copy.deepcopy([model.state_dict(), optimizer.state_dict(), scaler.state_dict()])
-    randoms = [torch.get_rng_state(), random.getstate()]
+    randoms = random_states()
     for _ in range(2):  # nothing that the first call left makes the second one fail otherwise
         with pytest.raises(
             StepDoesNotFitError, match=r"\(cuda\) in optimizer\.step, 2,147,483,648 bytes more; use"
         ) as info:
             step()
         assert_equal([model.state_dict(), optimizer.state_dict(), scaler.state_dict()], before)
-        assert_equal([torch.get_rng_state(), random.getstate()], randoms)
+        assert_equal(random_states(), randoms)
         assert info.value.bytes_requested == 2 * 2**30
     assert isinstance(info.value, BsOptunaError)
     verdict = classify(info.value)
