@@ -26,9 +26,11 @@ Warp = Literal["none", "log", "log of 1 - v"]
 # does not, and hardware likes the latter.
 _ROUND_ABOVE = 8.0
 # Zero has no logarithm: a linear range from 0 is searched down to this fraction of its end, and a
-# momentum up to 0.999.
+# range of momenta up to 1 to within this fraction of its width: 0 to 1 up to 0.999.
 _SMALLEST_FRACTION = 1e-6
 _SMALLEST_COMPLEMENT = 1e-3
+# Parts of a step by which its ends may be off.
+_ROUNDED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,15 @@ class Axis:
             if ratio != "none" and all(map(_is_number, distribution.choices)):
                 values = np.array(distribution.choices, dtype=float)
                 order = np.argsort(_measure(values, ratio))
-                if _measure(values, ratio).min() > 0:
+                if _measure(values, ratio).min() > 0 <= values.min():
                     logs = tuple(np.log(_measure(values[order], ratio)).tolist())
                     choices = tuple(distribution.choices[i] for i in order)
                     return cls(name, distribution, ratio, logs, choices)
             indices = tuple(float(i) for i in range(len(distribution.choices)))
             return cls(name, distribution, "none", indices, tuple(distribution.choices), True)
         assert isinstance(distribution, FloatDistribution | IntDistribution)
-        low, high = distribution.low, distribution.high
         warp: Warp = "log" if distribution.log else "none"
-        if (ratio == "log" and high > 0) or (ratio == "log of 1 - v" and 0 <= low < 1 >= high):
+        if _allows(distribution, ratio):
             warp = ratio
         levels = None
         if rounded and isinstance(distribution, IntDistribution) and distribution.step == 1:
@@ -98,8 +99,8 @@ class Axis:
         low, high = float(self.distribution.low), float(self.distribution.high)
         if self.warp == "log":
             low = max(low, high * _SMALLEST_FRACTION)
-        if self.warp == "log of 1 - v":
-            high = max(min(high, 1.0 - _SMALLEST_COMPLEMENT), low)
+        if self.warp == "log of 1 - v" and high == 1.0:
+            high -= (1.0 - low) * _SMALLEST_COMPLEMENT
         ends = self._warped(np.array([low, high]))
         return float(ends.min()), float(ends.max())
 
@@ -124,8 +125,10 @@ class Axis:
         if self.distribution.step is None:
             return clipped
         start, step = self.distribution.low, self.distribution.step
-        values = start + step * np.round((self._values(clipped) - start) / step)
-        return self._warped(np.clip(values, self.distribution.low, self.distribution.high))
+        ends = np.sort((self._values(np.array([low, high])) - start) / step)
+        first, last = math.ceil(ends[0] - _ROUNDED), math.floor(ends[1] + _ROUNDED)
+        steps = np.round((self._values(clipped) - start) / step)
+        return self._warped(start + step * np.clip(steps, first, max(first, last)))
 
     def value(self, coordinate: float) -> Any:
         """The parameter's value at a coordinate, in range, as a plain Python object."""
@@ -169,6 +172,13 @@ class Axis:
         if self.warp == "none":
             return coordinates
         return _measure(np.exp(coordinates), self.warp)
+
+
+def _allows(distribution: FloatDistribution | IntDistribution, ratio: Warp) -> bool:
+    """Whether the values of a range, but maybe for its end, have the logarithm of a ratio."""
+    if ratio == "log":
+        return distribution.high > 0
+    return ratio != "none" and 0 <= distribution.low < 1 >= distribution.high
 
 
 def _measure(values: Array, warp: Warp) -> Array:

@@ -1,8 +1,9 @@
 """The learning rate above which training diverges, as far as the trials of a study tell.
 
-Symbols: B batch size, c the highest stable learning rate of a setting; p and q position and slope
-of the line ln c = p + q (ln B - middle), w the standard deviation of settings around it, as other
-parameters matter too. A run that diverged had a learning rate above its c, any other one below.
+Symbols: B batch size, m momentum, c the highest stable learning rate of a setting; p position, q
+and r slopes of the plane ln c = p + q (ln B - middle) + r (ln(1 - m) - middle), w the standard
+deviation of settings around it, as other parameters matter too. A run that diverged had a learning
+rate above its c, any other one below.
 """
 
 from __future__ import annotations
@@ -17,49 +18,65 @@ from scipy.special import log_ndtr
 
 from bs_optuna.sampling.history import has_diverged
 from bs_optuna.sampling.history import is_feasible
+from bs_optuna.sampling.space import Space
 
 
 Array = NDArray[np.float64]
 
 # A priori p is uniform over the rates that were tried and as far again on both sides. q is uniform
 # between a limit set by curvature alone and one set by noise (Granziol et al. 2022, arXiv
-# 2006.09092); each w is as likely as the others.
+# 2006.09092). So is r where gradients add up: curvature h alone sets c = 2 (1 + m) / h (Polyak
+# 1964), noise a limit on lr / (1 - m). Each w is as likely as the others.
 _POSITIONS = 241
 _SLOPES = np.linspace(0.0, 1.0, 11)
+_MOMENTUM_SLOPES = np.array([0.0, 0.5, 1.0])
 _DEVIATIONS = np.array([0.1, 0.4, 1.6])
 
 
 class Cliff:
-    """Posterior of the line, on a grid of p, q and w.
+    """Posterior of the plane, on a grid of p, q, r and w.
 
     Args:
-        log_batch_sizes: ln B of the runs, (n,).
+        settings: Ln B and ln(1 - m) of the runs, (n, 2).
         log_learning_rates: ln lr of the runs, (n,).
         diverged: Which of them diverged, (n,).
+        momentum_slopes: The values of r that may be.
 
     Attributes:
         diverged: How many did.
     """
 
     def __init__(
-        self, log_batch_sizes: Array, log_learning_rates: Array, diverged: NDArray[np.bool_]
+        self,
+        settings: Array,
+        log_learning_rates: Array,
+        diverged: NDArray[np.bool_],
+        momentum_slopes: Array,
     ) -> None:
         self.diverged = int(diverged.sum())
-        self._middle = float(log_batch_sizes.min() + log_batch_sizes.max()) / 2.0
+        self._middle = (settings.min(0) + settings.max(0)) / 2.0
         low, high = float(log_learning_rates.min()), float(log_learning_rates.max())
         beyond = max(high - low, 1.0)
         positions = np.linspace(low - beyond, high + beyond, _POSITIONS)
-        grid = np.meshgrid(positions, _SLOPES, _DEVIATIONS)
-        self._p, self._q, self._w = (axis.ravel() for axis in grid)
-        limits = self._p[:, None] + self._q[:, None] * (log_batch_sizes - self._middle)
-        above = (log_learning_rates - limits) / self._w[:, None]
+        grid = np.meshgrid(positions, _SLOPES, momentum_slopes, _DEVIATIONS)
+        p, q, r, self._w = (axis.ravel() for axis in grid)
+        self._plane = np.stack([p, q, r])
+        above = (log_learning_rates - self._limits(settings).T) / self._w[:, None]
         log_likelihood = log_ndtr(np.where(diverged, above, -above)).sum(1)
         weights = np.exp(log_likelihood - log_likelihood.max())
         self._weights = weights / weights.sum()
 
     @classmethod
-    def seen_in(cls, trials: Sequence[FrozenTrial], names: tuple[str, str]) -> Cliff | None:
-        """What trials tell that have both parameters, batch size first; None if none diverged."""
+    def seen_in(
+        cls, trials: Sequence[FrozenTrial], space: Space, *, adds_up: bool = False
+    ) -> Cliff | None:
+        """What trials tell; None if none of them diverged.
+
+        Args:
+            trials: With every parameter of the space.
+            space: With a ridge.
+            adds_up: Whether the optimizer adds gradients up, so that momentum matters.
+        """
         ran = [
             t
             for t in trials
@@ -68,12 +85,29 @@ class Cliff:
         diverged = np.array([has_diverged(t) for t in ran], dtype=bool)
         if not diverged.any():
             return None
-        sizes, rates = (np.log([t.params[name] for t in ran]) for name in names)
-        return cls(sizes, rates, diverged)
+        coordinates = space.coordinates([t.params for t in ran])
+        slopes = _MOMENTUM_SLOPES if adds_up and space.momentum is not None else np.zeros(1)
+        assert space.ridge is not None
+        return cls(_settings(space, coordinates), coordinates[:, space.ridge[1]], diverged, slopes)
 
-    def draws(self, log_batch_size: float, rng: np.random.Generator, count: int) -> Array:
-        """Ln c of settings with that batch size, (count,)."""
+    def draws(self, space: Space, point: Array, rng: np.random.Generator, count: int) -> Array:
+        """Ln c of settings with the batch size and momentum of a point (P,), (count,)."""
         k = rng.choice(len(self._weights), size=count, p=self._weights)
-        line = self._p[k] + self._q[k] * (log_batch_size - self._middle)
-        drawn: Array = line + self._w[k] * rng.standard_normal(count)
+        plane = self._limits(_settings(space, point[None]))[0, k]
+        drawn: Array = plane + self._w[k] * rng.standard_normal(count)
         return drawn
+
+    def _limits(self, settings: Array) -> Array:
+        """Middle of ln c at settings (n, 2) for each plane, (n, K)."""
+        p, q, r = self._plane
+        from_middle = settings - self._middle
+        limits: Array = p + q * from_middle[:, :1] + r * from_middle[:, 1:]
+        return limits
+
+
+def _settings(space: Space, coordinates: Array) -> Array:
+    assert space.ridge is not None
+    sizes = coordinates[:, space.ridge[0]]
+    none = np.zeros(len(coordinates))
+    momenta = none if space.momentum is None else coordinates[:, space.momentum]
+    return np.stack([sizes, momenta], axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +88,7 @@ class Fit:
         self.tried, self.running = space.coordinates(seen.params), space.coordinates(seen.running)
         self.numbers = seen.numbers
         self.anchor = anchored(space, prior)
+        self._decay_share = _decay_share(space, prior.momentum_exponent)
         self.share = min(1.0, _FULL_EFFORT_TRIALS / len(seen)) if effort.spread else 1.0
         bounds = None if space.ridge is None else space.axes[space.ridge[0]].bounds
         owners = space.features(self.tried)[1]
@@ -115,7 +117,9 @@ class Fit:
             per_sample = at_reference - self.anchor.log_learning_rate
             per_sample -= coordinates[:, b] - self.anchor.log_batch_size
             coordinates = coordinates.copy()
-            coordinates[:, decay] += per_sample
+            middle = sum(self.space.axes[decay].bounds) / 2.0
+            own = coordinates[:, decay] - middle
+            coordinates[:, decay] = middle + (own + per_sample) * self._decay_share
         return Points(coordinates[:, b], at_reference, self.space.features(coordinates)[0])
 
     def momentum_shift(self, coordinates: Array) -> Array | float:
@@ -142,3 +146,18 @@ class Fit:
             np.concatenate([observed.doubts, np.zeros(len(self.running))]),
         )
         self.posterior = Posterior(self.model, self.posterior.w, everything)
+
+
+def _decay_share(space: Space, momentum_exponent: float) -> float:
+    """The range of weight decay as a part of that of what the model sees of it.
+
+    That depends on batch size, learning rate and momentum too; where their ranges are independent
+    its deviation is the root of the sum of squares.
+    """
+    if space.ridge is None or space.weight_decay is None:
+        return 1.0
+    halves = {j: (a.bounds[1] - a.bounds[0]) / 2.0 for j, a in enumerate(space.axes)}
+    own, others = halves[space.weight_decay], [halves[j] for j in space.ridge]
+    if space.momentum is not None:
+        others.append(momentum_exponent * halves[space.momentum])
+    return own / math.hypot(own, *others)

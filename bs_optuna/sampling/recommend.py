@@ -92,11 +92,12 @@ def recommend(
             f"Parameters {names[0]!r} and {names[1]!r} are not both positive numbers; "
             "name two that are."
         )
-    cliff = Cliff.seen_in(trials, names)
+    belief = _prior(study, prior)
+    cliff = Cliff.seen_in(trials, space, adds_up=belief.momentum_exponent > 0)
     trials = [t for t in trials if not history.has_diverged(t)]
     seen = history.read(trials, study.directions, [axis.name for axis in space.axes])
     rng = np.random.default_rng(seed)
-    belief = history.informed(_prior(study, prior), trials)
+    belief = history.informed(belief, trials)
     sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
     with one_thread():
         fit = Fit(space, belief, seen, rng, effort=THOROUGH)
@@ -193,7 +194,7 @@ class _Answer:
         points[:, self._lr] = grid
         drawn, safe = self._draws(points), math.inf
         if self._cliff is not None:
-            limits = self._cliff.draws(float(point[self._b]), self._rng, len(drawn))
+            limits = self._cliff.draws(self._fit.space, point, self._rng, len(drawn))
             drawn = np.where(grid < limits[:, None], drawn, math.inf)
             safe = float(np.exp(np.quantile(limits, _ACCEPTED_RISK)))
         lowest = drawn.argmin(1)

@@ -49,11 +49,11 @@ class CoupledSampler(BaseSampler):
         batch_size: Name of the batch size in the objective.
         learning_rate: Name of the learning rate in the objective.
         momentum: Name of the momentum, where the objective tunes it, or with "one_minus_" before it
-            that of 1 - momentum. With SGD the best learning rate is taken to be proportional to
-            1 - momentum.
+            that of 1 - momentum. With SGD, RMSprop and LARS the best learning rate is taken to be
+            proportional to 1 - momentum.
         weight_decay: Name of the weight decay, where the objective tunes it on a logarithmic scale.
             Its best value is taken to be proportional to the batch size and inversely to the
-            learning rate.
+            learning rate (to lr / (1 - momentum), if the two go together).
         reference: A batch size and a learning rate known to work; the first trial, if they are in
             range. Where momentum is tuned, the learning rate is that for a momentum of 0.9.
         cost: User attribute that holds what a trial cost, such as "seconds" (which falls back to
@@ -193,8 +193,9 @@ class CoupledSampler(BaseSampler):
     def _company(self, trial: FrozenTrial, name: str) -> dict[str, BaseDistribution]:
         """What a parameter suggested alone has to fit: batch size and momentum for lr, and so on.
 
-        If the learning rate comes first, its batch size is the reference's, unless it was enqueued;
-        a batch size that comes first walks along the ridge wherever that may lie.
+        If the learning rate comes first, its batch size is the reference's, unless it was enqueued,
+        and so may be a momentum; a batch size that comes first walks along the ridge wherever that
+        may lie.
         """
         names = self._names
         coupled = (names.batch_size, names.learning_rate, names.momentum, names.one_minus_momentum)
@@ -203,6 +204,10 @@ class CoupledSampler(BaseSampler):
             sizes = [self._prior.reference_batch_size, _known(trial).get(names.batch_size)]
             numbers = [round(b) for b in sizes if isinstance(b, int | float) and b >= 1] or [1]
             company[names.batch_size] = IntDistribution(min(numbers), max(numbers), log=True)
+        for momentum in (names.momentum, names.one_minus_momentum):
+            value = _known(trial).get(momentum)
+            if name == names.learning_rate and isinstance(value, int | float):
+                company.setdefault(momentum, FloatDistribution(value, value))
         if name == names.batch_size and names.learning_rate not in company:
             company[names.learning_rate] = _ANY_LEARNING_RATE
         return company

@@ -38,9 +38,15 @@ _SLOPES = {
     "unknown": (0.5, 0.35),
 }
 
-# Families whose steps add up to lr/(1 - m). Where momentum is a weighted mean of gradients, as in
-# Adam, or its sign is taken, it leaves the scale of lr alone.
-_ADDS_UP = {"sgd"}
+# Optimizers whose steps add up to lr/(1 - m), and the momentum that their learning rate below goes
+# with. Where momentum is a weighted mean of gradients, as in Adam, or its sign is taken, it leaves
+# the scale of lr alone.
+_ADDS_UP = {
+    "sgd": TYPICAL_MOMENTUM,
+    "momentum": TYPICAL_MOMENTUM,
+    "lars": TYPICAL_MOMENTUM,  # You et al. 2017
+    "rmsprop": 0.0,  # PyTorch's default
+}
 # Optimizer -> (family, learning rate that its authors or libraries start from). The value is at
 # B0 = 256 and is believed only to within a factor of ten.
 _OPTIMIZERS: dict[str, tuple[str, float | None]] = {
@@ -81,7 +87,8 @@ class ScalingPrior:
             searched range tells.
         learning_rate_log_sd: Standard deviation of ln lr0.
         momentum_exponent: Power of 1 - m that the best learning rate is proportional to, where the
-            momentum m is tuned: 1 for SGD, 0 for optimizers that average gradients, as Adam does.
+            momentum m is tuned: 1 for SGD, RMSprop and LARS, which add gradients up, 0 for
+            optimizers that average them, as Adam does.
         reference_momentum: The momentum that lr0 goes with.
     """
 
@@ -116,8 +123,9 @@ class ScalingPrior:
         Raises:
             ConfigError: The optimizer is not among the known ones.
         """
+        name = optimizer.lower()
         try:
-            family, learning_rate = _OPTIMIZERS[optimizer.lower()]
+            family, learning_rate = _OPTIMIZERS[name]
         except KeyError:
             known = ", ".join(sorted(_OPTIMIZERS))
             raise ConfigError(
@@ -129,7 +137,8 @@ class ScalingPrior:
             exponent_sd=sd,
             reference_batch_size=None if learning_rate is None else _TYPICAL_BATCH_SIZE,
             learning_rate=learning_rate,
-            momentum_exponent=1.0 if family in _ADDS_UP else 0.0,
+            momentum_exponent=1.0 if name in _ADDS_UP else 0.0,
+            reference_momentum=_ADDS_UP.get(name, TYPICAL_MOMENTUM),
         )
 
     @classmethod
@@ -137,7 +146,9 @@ class ScalingPrior:
         """What another study has learned, such as `recommend(old_study)`, as a new one's belief.
 
         Its intervals are widened by what a new model, data set or budget may change: the best
-        learning rate by a factor of two, the slope by 0.1, the critical batch size by e.
+        learning rate by a factor of two, the slope by 0.1, the critical batch size by e. The
+        learning rate goes with the momentum that was found: a new study that does not tune momentum
+        has to use that.
         """
         learning_rate_sd = math.hypot(_log_sd(evidence.learning_rate_interval), LOG_2)
         low, high = evidence.exponent_interval

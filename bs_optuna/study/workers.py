@@ -85,13 +85,15 @@ def _whole() -> Iterator[None]:
     """
     resource_tracker.ensure_running()  # its start would unblock the signal
     noted: list[int] = []
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    # In this order, and back in the opposite one: one that comes in between raises nothing that
+    # would leave the signal blocked.
     handler = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
         if noted:
             signal.raise_signal(signal.SIGINT)
 

@@ -255,16 +255,16 @@ class TrainingRun:
         self._schedule.set(self._progress() + 0.5 * self._step_progress)
         for parameter in self._parameters:  # optimizer.zero_grad() would take ten times as long
             parameter.grad = None
-        first, failures = self.fits == 0, len(self.failed_sizes)
+        fitted, failures = self.fits, len(self.failed_sizes)
         with self._limit.active():
             loss = self._gradient(inputs, targets)
             self._guarded_step()
         failed = len(self.failed_sizes) > failures
         self.fits = self._held if failed else max(self.fits, self._held)
-        short = first and (failed or settings.short_of_memory)
+        short = not fitted and (failed or settings.short_of_memory)
         if short and settings.evaluation_batch_size is None:
             self._evaluation.batch_size = 2 * self.fits  # without gradients that fits as a rule
-        if self._search is not None and (first or failed):
+        if self._search is not None and (failed or self.fits > fitted):
             self._search.learned(self)
         self.samples += settings.batch_size
         self.steps += 1
@@ -285,7 +285,9 @@ class TrainingRun:
             raise
         *failed, ran = result.sizes_tried
         self.failed_sizes += map(self._unit.size, failed)
-        self._tried(self._unit.size(ran), steps=result.accumulation_steps)
+        # Of samples that vary one batch may hold little: what counts is what the next one may hold.
+        limit = ran if self._unit.elements is None else self._backward.microbatch_tokens or ran
+        self._tried(self._unit.size(limit), steps=result.accumulation_steps)
         self._held = max(1, self._unit.full_size(ran))
         if self.steps == 0 and result.backoffs:
             # What has never run here does not fit; only what has run may grow back to that.

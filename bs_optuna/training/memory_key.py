@@ -32,7 +32,8 @@ def memory_key(task: TrainingTask, *, device: torch.device, limit_bytes: int | N
         task.optimizer if isinstance(task.optimizer, str) else _name(task.optimizer),
         _device_name(device),
         limit_bytes,
-        *(() if task.longest is None else (task.longest,)),  # then sizes are in other units
+        # Where samples vary in length, sizes are in other units.
+        *(() if task.longest is None else (task.longest, task.trim is None)),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

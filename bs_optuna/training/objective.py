@@ -289,10 +289,9 @@ class TrainingObjective:
             seed=self.seed,
             evaluations=1,
         )
-        run = TrainingRun(
-            self.task, settings, device=self.device, limit=limit_memory(self.device, None)
-        )
         with private_random_state(self.device):
+            limit = limit_memory(self.device, None)
+            run = TrainingRun(self.task, settings, device=self.device, limit=limit)
             for _ in run.checkpoints():
                 pass
 

@@ -20,4 +20,4 @@ class Search(Protocol):
         """The next size, at most the given one; asked while the first step runs out of memory."""
 
     def learned(self, run: Seen) -> None:
-        """Called after the first step and after one whose microbatch had to be made smaller."""
+        """Called after each step whose microbatch was larger than before, or had to be smaller."""

@@ -52,7 +52,7 @@ class TrainingTask:
             elements than n of the longest in ``train_data``, which is read once for that; samples
             of like length go together. See `AccumulatedBackward`.
         trim: With ``lengths``: cuts the padding of a microbatch off, as ``trim(inputs, targets,
-            longest)``, which returns both.
+            longest)``, which returns both; without it, model and loss must.
         batch_norm: ``"exact"`` keeps the running statistics of BatchNorm those of the whole batch
             when memory splits it; see `AccumulatedBackward`.
         name: Names the study and its file; the command line takes the name of the task's file

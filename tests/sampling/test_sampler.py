@@ -121,6 +121,27 @@ def test_a_reference_goes_with_its_momentum() -> None:
     }
 
 
+@pytest.mark.parametrize("order", ["batch_size momentum lr", "lr momentum batch_size"])
+def test_an_enqueued_momentum_gets_its_own_learning_rate(order: str) -> None:
+    """Whichever is asked for first."""
+    ask: dict[str, Callable[[optuna.Trial], float]] = {
+        "batch_size": lambda trial: trial.suggest_int("batch_size", 16, 1024, log=True),
+        "momentum": lambda trial: trial.suggest_float("momentum", 0.0, 0.99),
+        "lr": lambda trial: trial.suggest_float("lr", 1e-4, 10.0, log=True),
+    }
+    found = {}
+    for momentum in (0.0, 0.9):
+        sampler = CoupledSampler(prior="sgd", reference=(128, 0.1), seed=0)
+        study = optuna.create_study(sampler=sampler)
+        study.enqueue_trial({"momentum": momentum})
+        trial = study.ask()
+        for name in order.split():
+            ask[name](trial)
+        assert trial.params["momentum"] == momentum
+        found[momentum] = trial.params["lr"]
+    assert found == {0.0: pytest.approx(1.0), 0.9: pytest.approx(0.1)}
+
+
 def test_learning_rate_follows_the_momentum_of_sgd() -> None:
     def best(prior: ScalingPrior) -> float:
         samplers = [CoupledSampler(prior=prior, seed=seed) for seed in range(8)]

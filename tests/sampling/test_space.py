@@ -108,6 +108,7 @@ def test_momentum_is_seen_by_how_far_it_is_from_one(
         FloatDistribution(0.5, 1.5),
         FloatDistribution(-0.5, 0.5),
         CategoricalDistribution([0.9, 1.0]),
+        CategoricalDistribution([-0.1, 0.9]),
         CategoricalDistribution(["low", "high"]),
     ],
 )
@@ -115,7 +116,29 @@ def test_what_cannot_be_a_momentum_is_an_ordinary_parameter(distribution: BaseDi
     assert made_of({"momentum": distribution}).momentum is None
 
 
-def test_a_momentum_of_one_is_never_suggested() -> None:
-    made = made_of({"momentum": FloatDistribution(0.0, 1.0)})
-    found = made.axes[0].value(-100.0)
-    assert found == pytest.approx(0.999)
+@pytest.mark.parametrize(
+    ("name", "distribution", "lowest", "highest"),
+    [
+        ("momentum", FloatDistribution(0.0, 1.0), 0.0, 0.999),
+        ("momentum", FloatDistribution(0.9, 1.0), 0.9, 0.9999),
+        ("momentum", FloatDistribution(0.9995, 0.9999), 0.9995, 0.9999),
+        ("momentum", FloatDistribution(0.0, 1.0, step=0.1), 0.0, 0.9),
+        ("momentum", FloatDistribution(0.0, 0.95, step=0.05), 0.0, 0.95),
+        ("momentum", IntDistribution(0, 1), 0, 0),
+        ("one_minus_momentum", FloatDistribution(0.0, 1.0, step=0.1), 0.1, 1.0),
+        ("lr", FloatDistribution(0.0, 0.1, step=0.02), 0.02, 0.1),
+        ("lr", FloatDistribution(0.01, 0.1, step=0.03), 0.01, 0.1),
+    ],
+)
+def test_what_has_no_logarithm_is_never_suggested(
+    name: str, distribution: BaseDistribution, lowest: float, highest: float
+) -> None:
+    axis = made_of({name: distribution}).axes[0]
+    found = [axis.value(coordinate) for coordinate in np.linspace(-100.0, 1.0, 2001)]
+    assert min(found) == pytest.approx(lowest)
+    assert max(found) == pytest.approx(highest)
+    for value in found:  # where the model looks is where the value is
+        here = axis.coordinate(value)
+        assert axis.snapped(np.array([here]))[0] == pytest.approx(here, abs=1e-9)
+    drawn = axis.uniform(np.random.default_rng(0), 100)
+    assert np.abs(axis.scaled(drawn)).max() <= 1.0 + 1e-9

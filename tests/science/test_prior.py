@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -90,6 +92,32 @@ def test_the_best_learning_rate_of_sgd_is_proportional_to_one_minus_momentum(
     assert here - there == pytest.approx(math.log(m / other), abs=1e-9)
     adam = ScalingPrior.for_optimizer("adamw").anchored_in((16, 1024), (1e-4, 10.0), (0.01, 0.5))
     assert float(adam.momentum_shift(np.array(math.log(m)))) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("sgd", lambda p, m: torch.optim.SGD(p, lr=1e-3, momentum=m)),
+        ("rmsprop", lambda p, m: torch.optim.RMSprop(p, lr=1e-3, momentum=m)),
+        ("adamw", lambda p, m: torch.optim.AdamW(p, lr=1e-3, betas=(m, 0.999), weight_decay=0.0)),
+    ],
+)
+def test_where_momentum_adds_up_is_what_pytorch_does(
+    name: str, make: Callable[[list[torch.Tensor], float], torch.optim.Optimizer]
+) -> None:
+    """The length of a step under a gradient that stays as it is."""
+
+    def length(momentum: float) -> float:
+        weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        optimizer = make([weight], momentum)
+        for _ in range(2000):
+            before = weight.item()
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        return abs(weight.item() - before)
+
+    exponent = ScalingPrior.for_optimizer(name).momentum_exponent
+    assert length(0.9) / length(0.0) == pytest.approx(10.0**exponent, rel=0.02)
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0])

@@ -24,8 +24,12 @@ from bs_optuna.training import AccumulatedBackward
 from bs_optuna.training import Budget
 from bs_optuna.training import TrainingObjective
 from bs_optuna.training import TrainingTask
+from bs_optuna.training.loop import TrainingRun
 from bs_optuna.training.memory_key import memory_key
+from bs_optuna.training.memory_limit import memory_limit
 from bs_optuna.training.microbatch_unit import MicrobatchUnit
+from bs_optuna.training.run_settings import RunSettings
+from bs_optuna.training.search import Seen
 
 
 PADDING = 0
@@ -246,8 +250,9 @@ def test_a_task_refuses_lengths_that_say_nothing() -> None:
 def test_sizes_in_samples_are_no_knowledge_about_sizes_in_longest_samples() -> None:
     lengths = (None, lengths_of, lambda x, y: [12] * len(x))
     tasks = [make_task(lengths=each) for each in lengths]
+    tasks.append(make_task(lengths=lengths_of, trim=trim))
     device = torch.device("cpu")
-    assert len({memory_key(task, device=device, limit_bytes=None) for task in tasks}) == 3
+    assert len({memory_key(task, device=device, limit_bytes=None) for task in tasks}) == 4
 
 
 @given(st.integers(1, 50), st.integers(1, 1000))
@@ -286,3 +291,45 @@ def test_out_of_memory_in_a_study_is_counted_in_longest_samples() -> None:
     assert (first[attributes.BACKOFFS], second[attributes.BACKOFFS]) == (3, 0)
     assert (first[attributes.MICROBATCH_FITS], first[attributes.MICROBATCH_FAILS]) == (4, 8)
     assert max(samples for samples, width in Roomy.read[4:] if width <= 2) > 4
+
+
+def test_a_batch_of_short_samples_says_little_about_what_fits() -> None:
+    data = texts([12] + [5] * 63)
+    task = TrainingTask(
+        model=Roomy, train_data=data, valid_data=(data[0][:4], data[1][:4]),
+        loss=loss_fn, count=count, lengths=lengths_of, trim=trim,
+    )  # fmt: skip
+    objective = TrainingObjective(task, budget=Budget("steps", 1), batch_size=(4, 32))
+    study = optuna.create_study()
+    study.enqueue_trial({"batch_size": 4, "lr": 1e-3})
+    Roomy.read.clear()
+    study.optimize(objective, n_trials=1)
+    assert Roomy.read == [(4, 5)]  # it had room for 48 elements, and held 20
+    (trial,) = study.trials
+    assert trial.user_attrs[attributes.MICROBATCH_FITS] == 1
+    assert trial.user_attrs[attributes.MICROBATCH_SIZE] == 4
+
+
+def test_what_a_longer_batch_shows_to_fit_is_told_to_those_who_search_too() -> None:
+    told = []
+
+    class Listening:
+        def smaller(self, failed: int, size: int) -> int:
+            return size
+
+        def learned(self, run: Seen) -> None:
+            told.append(run.fits)
+
+    data = texts([12] + [5] * 15)
+    task = TrainingTask(
+        model=Tagger, train_data=data, valid_data=data, loss=loss_fn, count=count,
+        lengths=lengths_of, trim=trim,
+    )  # fmt: skip
+    settings = RunSettings(
+        batch_size=4, learning_rate=1e-3, budget=Budget("steps", 8), seed=3, evaluations=1
+    )
+    cpu = torch.device("cpu")
+    limit = memory_limit(cpu, None)
+    run = TrainingRun(task, settings, device=cpu, limit=limit, search=Listening())
+    assert len(list(run.checkpoints())) == 1
+    assert told == [1, 4]  # after the first batch, and after the one with the longest sample
