@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -23,14 +22,6 @@ threadpoolctl.threadpool_limits(1)
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-def pytest_collection_finish() -> None:
-    """Every failed attempt collects garbage: leaves out what is there before the first test."""
-    # The first step of an optimizer imports a good part of PyTorch.
-    torch.optim.SGD([torch.ones(1)], lr=0.1).step()
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
