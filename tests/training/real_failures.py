@@ -56,7 +56,7 @@ class Scale(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(16, 32, 32))
+        self.weight = nn.Parameter(torch.ones(8, 32, 32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x * self.weight).mean(dim=(2, 3))
@@ -67,8 +67,8 @@ def build() -> tuple[nn.Module, torch.optim.Optimizer]:
     # No large matrix product: where the last megabyte is missing, those of MKL do without their
     # buffers and round in another order, with or without a failure before.
     model = nn.Sequential(
-        nn.BatchNorm2d(16), nn.Tanh(), nn.Dropout(0.3),
-        nn.BatchNorm2d(16), nn.GELU(), nn.Dropout(0.3), Scale(), nn.Linear(16, 4),
+        nn.BatchNorm2d(8), nn.Tanh(), nn.Dropout(0.3),
+        nn.BatchNorm2d(8), nn.GELU(), nn.Dropout(0.3), Scale(), nn.Linear(8, 4),
     )  # fmt: skip
     model.register_forward_pre_hook(forward_begins)
     return model, torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -86,7 +86,7 @@ def train(
     """State after a few steps, the microbatch size of each, and the sum of the losses."""
     model, optimizer = build()
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(BATCH, 16, 32, 32, generator=generator)
+    x = torch.randn(BATCH, 8, 32, 32, generator=generator)
     y = torch.randint(4, (BATCH,), generator=generator)
     ran, losses = [], torch.zeros(())
     backward = AccumulatedBackward(model, loss_fn)
@@ -111,8 +111,8 @@ def main() -> None:
     logger.addHandler(WATCH)
     free = memory_limit(torch.device("cpu"), None)
     whole = 0
-    for mebibytes in range(1, 61, 2):
-        limit = memory_limit(torch.device("cpu"), mebibytes * 2**20)
+    for half in range(1, 61, 2):
+        limit = memory_limit(torch.device("cpu"), half * 2**19)
         limit.warm_up(lambda: train([None], free))
         limit.start_trial()
         try:
@@ -120,7 +120,7 @@ def main() -> None:
         except MicrobatchDoesNotFitError:
             continue
         expected, _, expected_losses = train(list(ran), free)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), mebibytes
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), half
         assert torch.equal(losses, expected_losses)
         whole += ran[-1] == BATCH
     print(json.dumps({"failures": WATCH.failures, "whole": whole}))

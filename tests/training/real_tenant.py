@@ -18,22 +18,24 @@ from bs_optuna.training import AccumulatedBackward
 from bs_optuna.training.memory_limit import memory_limit
 
 
-LIMIT = 100 * 2**20
-TENANT = 80 * 2**20
+LIMIT = 50 * 2**20
+TENANT = 40 * 2**20
 WAIT = 3
 PHASES = [("alone", 4), ("tenant", 24), ("alone again", 50)]
 
 
-def train(sizes: list[int] | None, limit: Any) -> tuple[list[torch.Tensor], dict[str, Any]]:
+def train(
+    sizes: list[int] | None, limit: Any, phases: list[tuple[str, int]] = PHASES
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """State in the end, and by phase the microbatch sizes that ran and those that failed."""
     model, optimizer = build()
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(BATCH, 16, 32, 32, generator=generator)
+    x = torch.randn(BATCH, 8, 32, 32, generator=generator)
     y = torch.randint(4, (BATCH,), generator=generator)
     backward = AccumulatedBackward(model, loss_fn, regrow_after=WAIT)
     told = iter(sizes or [])
     found: dict[str, Any] = {}
-    for phase, steps in PHASES:
+    for phase, steps in phases:
         ran, failed = [], []
         with limit.active():
             tenant = torch.zeros(TENANT if phase == "tenant" else 0, dtype=torch.uint8)
@@ -55,8 +57,7 @@ def main() -> None:
     torch.backends.mkldnn.set_flags(False)  # as it is under a limit
     free = memory_limit(torch.device("cpu"), None)
     limit = memory_limit(torch.device("cpu"), LIMIT)
-    steps = sum(count for _, count in PHASES)
-    limit.warm_up(lambda: train([BATCH] * steps, free))
+    limit.warm_up(lambda: train([BATCH], free, [("alone", 1)]))
     limit.start_trial()
     found, phases = train(None, limit)
     expected, _ = train([size for phase in phases.values() for size in phase["ran"]], free)
