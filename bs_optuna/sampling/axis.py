@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from typing import Literal
 
@@ -90,7 +91,7 @@ class Axis:
             levels = _round_levels(distribution.low, distribution.high)
         return cls(name, distribution, warp, levels)
 
-    @property
+    @cached_property
     def bounds(self) -> tuple[float, float]:
         """Lowest and highest coordinate."""
         if self.levels is not None:
