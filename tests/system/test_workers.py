@@ -127,7 +127,7 @@ def test_a_killed_trial_gets_the_very_value_that_it_would_have_had(tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_task_that_always_dies_costs_a_bounded_number_of_attempts(tmp_path: Path) -> None:
-    run = tune(tmp_path, str(DYING_TASK), "--isolate", "--trials", "6", *SHORT, at=3, times=99)
+    run = tune(tmp_path, str(DYING_TASK), "--isolate", "--trials", "2", *SHORT, at=3, times=99)
     assert run.returncode == 1, run.stderr
     assert "nothing to recommend" in run.stdout
     found = trials(tmp_path)
