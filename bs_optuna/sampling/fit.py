@@ -14,6 +14,7 @@ from bs_optuna.sampling.history import scalarised
 from bs_optuna.sampling.space import Space
 from bs_optuna.sampling.start import anchored
 from bs_optuna.sampling.start import momentum_shift
+from bs_optuna.sampling.surrogate import RIDGE_UNIT
 from bs_optuna.sampling.surrogate import Model
 from bs_optuna.sampling.surrogate import Observations
 from bs_optuna.sampling.surrogate import Points
@@ -88,7 +89,7 @@ class Fit:
         self.tried, self.running = space.coordinates(seen.params), space.coordinates(seen.running)
         self.numbers = seen.numbers
         self.anchor = anchored(space, prior)
-        self._decay_share = _decay_share(space, prior.momentum_exponent)
+        self._decay_share = _decay_share(space, prior.exponent)
         self.share = min(1.0, _FULL_EFFORT_TRIALS / len(seen)) if effort.spread else 1.0
         bounds = None if space.ridge is None else space.axes[space.ridge[0]].bounds
         owners = space.features(self.tried)[1]
@@ -148,16 +149,16 @@ class Fit:
         self.posterior = Posterior(self.model, self.posterior.w, everything)
 
 
-def _decay_share(space: Space, momentum_exponent: float) -> float:
+def _decay_share(space: Space, exponent: float) -> float:
     """The range of weight decay as a part of that of what the model sees of it.
 
-    That depends on batch size, learning rate and momentum too; where their ranges are independent
-    its deviation is the root of the sum of squares.
+    That depends on batch size and learning rate too. Where points matter, the learning rate is
+    within a unit or so of the ridge, which a narrow range of weight decay must not hide.
     """
     if space.ridge is None or space.weight_decay is None:
         return 1.0
-    halves = {j: (a.bounds[1] - a.bounds[0]) / 2.0 for j, a in enumerate(space.axes)}
-    own, others = halves[space.weight_decay], [halves[j] for j in space.ridge]
-    if space.momentum is not None:
-        others.append(momentum_exponent * halves[space.momentum])
-    return own / math.hypot(own, *others)
+    own, sizes = (
+        (space.axes[j].bounds[1] - space.axes[j].bounds[0]) / 2.0
+        for j in (space.weight_decay, space.ridge[0])
+    )
+    return own / math.hypot(own, RIDGE_UNIT, (1.0 - exponent) * sizes)

@@ -29,7 +29,7 @@ from bs_optuna.science.ridge import ridge
 Array = NDArray[np.float64]
 
 # A learning rate off by a factor of five is about as bad as a middling setting.
-_RIDGE_UNIT = math.log(5.0)
+RIDGE_UNIT = math.log(5.0)
 # Normal priors, mean and standard deviation, of the logarithms of: lengths of z, of u and of
 # another parameter (in units of half its range: most functions bend once or twice over a
 # range); amplitude of what no basis function explains (values have deviation 1); and noise.
@@ -134,7 +134,7 @@ class Model:
         a, critical, offset = theta[:, [0]], theta[:, [1]], theta[:, [2]]
         rho = ridge(points.log_batch_size, a, critical) - ridge(origin, a, critical)
         centre = self._anchor.log_learning_rate + offset + rho
-        z: Array = (points.log_learning_rate - centre) / _RIDGE_UNIT
+        z: Array = (points.log_learning_rate - centre) / RIDGE_UNIT
         return z
 
     def inputs(self, theta: Array, points: Points) -> tuple[Array, Array, Array]:

@@ -187,6 +187,28 @@ def test_weight_decay_is_seen_as_samples_until_weights_are_forgotten(
     assert not np.allclose(fit.points(here).other, fit.points(stronger).other)
 
 
+@pytest.mark.parametrize("high", [1.2e-4, 1e-3, 1.0])
+def test_a_narrow_range_of_weight_decay_is_not_blown_up(high: float) -> None:
+    """Near the ridge the feature is of the size of all others, about from -1 to 1."""
+    space = Space(
+        {
+            "batch_size": IntDistribution(16, 4096, log=True),
+            "lr": FloatDistribution(1e-6, 1.0, log=True),
+            "weight_decay": FloatDistribution(1e-4, high, log=True),
+        },
+        Names(),
+    )
+    tried = [{"batch_size": 64, "lr": 1e-2 * k, "weight_decay": 1e-4} for k in (0.3, 1.0, 3.0)]
+    seen = History([0, 1, 2], tried, np.array([[1.0], [0.0], [1.0]]), np.zeros(3), [])
+    rng = np.random.default_rng(0)
+    fit = Fit(space, ScalingPrior.for_optimizer("adamw"), seen, rng, effort=QUICK)
+    assert fit.anchor is not None
+    points = space.uniform(rng, 1000)
+    points[:, 1] = fit.anchor.best(points[:, 0]) + math.log(5.0) * rng.uniform(-1.0, 1.0, 1000)
+    features = np.abs(fit.points(points).other)
+    assert 0.5 < features.max() < 2.0
+
+
 def test_what_is_transferred_goes_with_the_momentum_that_it_was_found_at() -> None:
     advice = recommend(run(heavy_ball, 25, sampler=CoupledSampler(prior="sgd", seed=0)))
     assert advice.momentum == pytest.approx(advice.params["momentum"])
