@@ -28,8 +28,9 @@ class MicrobatchUnit:
         """The arguments of AccumulatedBackward for microbatches of at most some size."""
         if self.elements is None:
             return {"microbatch_size": size}
-        tokens = size * self.elements
-        return {"microbatch_tokens": tokens, "lengths": task.lengths, "trim": task.trim}
+        return {
+            "microbatch_tokens": self.limit(size), "lengths": task.lengths, "trim": task.trim
+        }  # fmt: skip
 
     def size(self, limit: int) -> int:
         """The smallest size whose microbatches may hold as much as a limit."""

@@ -34,7 +34,7 @@ class Ranks:
 
     What the collectives need is allocated before, here or in `check_room`: where one of them ran
     out of memory on a single rank, the others would wait for it. A spare block is given up for each
-    telling, so that a rank which has not a byte left can still say so.
+    telling, so that a rank which is over its memory can say so.
 
     Args:
         group: A process group of ``torch.distributed``, such as ``dist.group.WORLD``.

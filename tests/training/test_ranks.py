@@ -115,7 +115,7 @@ def test_a_real_limit_on_rank_1_alone(tmp_path: Path) -> None:
     assert sum(isinstance(end, float) for end in ranks[1]["ends"]) >= 3
 
 
-def test_a_rank_without_a_byte_left_can_tell_so(tmp_path: Path) -> None:
+def test_a_rank_that_is_over_its_memory_can_tell_so(tmp_path: Path) -> None:
     (told, _), (told_1, blocks) = run_ranks(FOLDER / "ranks_memory.py", "nothing_left", tmp_path)
     assert told == told_1 == [([[1.0, 5.0], [2.0, 5.0]], [])] * 2
     assert blocks > 5

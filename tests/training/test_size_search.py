@@ -154,7 +154,7 @@ def test_all_together_fail_as_often_as_one_whatever_the_order(
     )
     failed = sorted(size for worker in crew for size in worker.failed)
     ran = [size for worker in crew for size in worker.ran]
-    # Below that a smaller one might leave single samples: rather than so, all try the same.
+    # Below 6 a smaller one might leave single samples: rather than so, all try the same.
     shared = {size for size in failed if size < 6}
     counted = len(shared) + sum(size not in shared for size in failed)
     assert counted <= math.log2(max(map(max, batches)) / min(ran)) + 1
