@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import random
@@ -60,11 +61,12 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
 class Run:
     """Two training steps, with all that can be in one, on a device that may fail."""
 
-    def __init__(self, optimizer: str, *, scaled: bool, device: FailingAt) -> None:
+    def __init__(self, optimizer: str, *, scaled: bool, device: FailingAt, where: str) -> None:
         make, how = OPTIMIZERS[optimizer]
-        self.model = network()
+        self.model = network().to(where)
+        self.batch = tuple(tensor.to(where) for tensor in images())
         self.optimizer = make(self.model.parameters(), **how)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1, enabled=scaled)
+        self.scaler = torch.amp.GradScaler(where, init_scale=8.0, growth_interval=1, enabled=scaled)
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, gamma=0.5)
         self.device = device
         self.sizes: list[int] = []  # of the microbatches of each step
@@ -72,7 +74,7 @@ class Run:
     def train(self, microbatch_sizes: tuple[int, int] | None = None) -> list[Any]:
         seed_all(2)
         step = GuardedStep(self.optimizer, max_norm=0.1, scaler=self.scaler)
-        backward, batch = None, images()
+        backward = None
         for number in range(2):
             if backward is None or microbatch_sizes:
                 backward = AccumulatedBackward(
@@ -83,7 +85,7 @@ class Run:
                 )
             self.optimizer.zero_grad()
             with self.device:
-                result = backward(*batch)
+                result = backward(*self.batch)
                 step()
                 self.scheduler.step()
             self.sizes.append(result.microbatch_size)
@@ -95,22 +97,25 @@ class Run:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_failing_at_any_operation_of_two_whole_steps_changes_no_bit(
-    optimizer: str, scaled: bool
+    optimizer: str, scaled: bool, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clean = Run(optimizer, scaled=scaled, device=FailingAt(None))
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    make = functools.partial(Run, optimizer, scaled=scaled, where=where)
+    clean = make(device=FailingAt(None))
     whole = clean.train()
     expected = {(BATCH, BATCH): whole}
     in_step = 0
     for position in range(clean.device.operations):
-        run = Run(optimizer, scaled=scaled, device=FailingAt(position))
+        run = make(device=FailingAt(position))
         found = run.train()
         assert run.device.failures == 1
         sizes = (run.sizes[0], run.sizes[1])
         if sizes not in expected:  # in forward or backward: the same as having halved unasked
-            again = Run(optimizer, scaled=scaled, device=FailingAt(None))
+            again = make(device=FailingAt(None))
             expected[sizes] = again.train(sizes)
         in_step += sizes == (BATCH, BATCH)
         assert_equal(found, expected[sizes])
