@@ -38,7 +38,7 @@ def write_task(folder: Path, *, do: str = "pass") -> None:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    command = ["-m", "bs_optuna.tune", "wide.py", "--budget", "samples=600", "--final-runs", "0"]
+    command = ["-m", "bs_optuna.tune", "wide.py", "--budget", "samples=300", "--final-runs", "0"]
     return subprocess.Popen(
         [sys.executable, *command, *arguments],
         cwd=folder,

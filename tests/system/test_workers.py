@@ -116,7 +116,7 @@ def test_a_killed_trial_gets_the_very_value_that_it_would_have_had(tmp_path: Pat
         # A microbatch of one sample cannot be halved, so both train the same.
         run = tune(
             folder, str(DYING_TASK), "--isolate", "--trials", "1", "--microbatch-size", "1",
-            *SHORT, at=700, times=times,
+            *SHORT, "--final-runs", "0", at=700, times=times,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
         (trial,) = finished(trials(folder))
@@ -275,7 +275,7 @@ def test_a_study_in_memory_is_refused(tmp_path: Path) -> None:
 def test_a_timeout_starts_no_trial_after_it(tmp_path: Path) -> None:
     run = tune(
         tmp_path, str(DYING_TASK), "--workers", "2", "--trials", "99", "--timeout", "0.5",
-        "--quiet", *SHORT,
+        "--quiet", *SHORT, "--final-runs", "0",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert "trial 0" not in run.stdout

@@ -5,6 +5,7 @@ Prints where the failures happened, as JSON. A wrong bit ends it with an Asserti
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from typing import Any
@@ -111,6 +112,8 @@ def main() -> None:
     logger.addHandler(WATCH)
     free = memory_limit(torch.device("cpu"), None)
     whole = 0
+    train([None], free)
+    gc.freeze()  # each failure collects garbage: leave out what was there before
     for half in range(1, 61, 2):
         limit = memory_limit(torch.device("cpu"), half * 2**19)
         limit.warm_up(lambda: train([None], free))

@@ -26,6 +26,7 @@ CPU = torch.device("cpu")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel enforces it on Linux only")
 
 PRELUDE = """
+import gc
 import resource
 import warnings
 import torch
@@ -136,6 +137,7 @@ def test_fifty_failures_leave_the_process_healthy() -> None:
         limit.start_trial()
         training = Training(mlp)
         training.step(256)
+        gc.freeze()  # each failure collects garbage: leave out what was there before
         before = process_memory("VmData")["VmData"]
         verdicts = [attempt(training, limit, 8192) for _ in range(50)]
         grown = process_memory("VmData")["VmData"] - before

@@ -143,9 +143,8 @@ PROGRAM = """
     from bs_optuna.training import evaluation
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    model, optimizer, mib = sys.argv[1:]
-    # More than twice what fits.
-    CPU, SAMPLES = torch.device("cpu"), 2048 if mib == "200" else 1024
+    model, optimizer, mib, samples = sys.argv[1:]
+    CPU, SAMPLES = torch.device("cpu"), int(samples)
 
     def wide():
         return nn.Sequential(nn.Linear(16, 65536), nn.ReLU(), nn.Linear(65536, 10))
@@ -221,10 +220,10 @@ PROGRAM = """
 """
 
 
-def study_under(model: str, optimizer: str, mib: int) -> dict[str, Any]:
+def study_under(model: str, optimizer: str, mib: int, samples: int) -> dict[str, Any]:
     """What a study of three trials met in a fresh process with a real limit."""
     child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), model, optimizer, str(mib)],
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), model, optimizer, str(mib), str(samples)],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | LIMIT_ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -238,30 +237,30 @@ def study_under(model: str, optimizer: str, mib: int) -> dict[str, Any]:
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "optimizer", "mib"),
+    ("model", "optimizer", "mib", "samples"),  # more than twice what fits
     [
-        ("wide", "adamw", 50),
-        ("wide", "sgd", 90),
-        ("wide", "adamw", 102),
-        ("wide", "sgd", 200),
-        ("cnn", "adamw", 50),
-        ("transformer", "sgd", 90),
+        ("wide", "adamw", 50, 256),
+        ("wide", "sgd", 90, 512),
+        ("wide", "adamw", 102, 512),
+        ("wide", "sgd", 200, 1024),
+        ("cnn", "adamw", 50, 1024),
+        ("transformer", "sgd", 90, 1024),
     ],
 )
 def test_at_most_one_attempt_fails_and_at_most_a_tenth_is_wasted(
-    model: str, optimizer: str, mib: int
+    model: str, optimizer: str, mib: int, samples: int
 ) -> None:
-    found = study_under(model, optimizer, mib)
+    found = study_under(model, optimizer, mib, samples)
     assert found["failures"] + found["failed evaluations"] <= 1, found
     assert found["a ninth more fails"], found
-    samples = 2048 if mib == 200 else 1024
+    assert found["fits"] <= samples / 2, found
     assert found["batches"][:2] == [samples, samples // 3], found
 
 
 @linux
 @pytest.mark.slow
 def test_an_untraceable_task_halves_until_it_fits() -> None:
-    found = study_under("untraceable", "sgd", 50)
+    found = study_under("untraceable", "sgd", 50, 1024)
     assert found["predicted"] is None
     assert 1 <= found["failures"] <= 10  # log2(1024)
     assert found["fits"] >= 16
