@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from bs_optuna.training.memory_limit import MemoryLimit
+from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.memory_limit import memory_limit
 from bs_optuna.training.oom import classify
 
@@ -63,10 +62,7 @@ def train(device: torch.device, *, microbatch: int, accumulation: int, steps: in
 def limited(device: torch.device, limit_bytes: int) -> MemoryLimit:
     """The limit, ready to be imposed."""
     limit = memory_limit(device, limit_bytes)
-    first_step = partial(train, device, microbatch=8, accumulation=2, steps=1)
-    limit.warm_up(first_step)
-    if device.type != "cpu":
-        first_step()  # what its libraries set up once and keep
+    limit.warm_up(lambda: train(device, microbatch=8, accumulation=2, steps=1))
     limit.start_trial()
     Wide.fed = 0
     return limit

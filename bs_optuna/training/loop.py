@@ -22,9 +22,9 @@ from bs_optuna.training.checkpoint import training_state
 from bs_optuna.training.data import Data
 from bs_optuna.training.data import training_batches
 from bs_optuna.training.evaluation import Evaluation
+from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.lost import Lost
 from bs_optuna.training.lost import check_thrashing
-from bs_optuna.training.memory_limit import MemoryLimit
 from bs_optuna.training.microbatch_unit import MicrobatchUnit
 from bs_optuna.training.peak_memory import PeakMemory
 from bs_optuna.training.random_states import restore_random_states

@@ -12,8 +12,8 @@ import torch
 
 from bs_optuna.errors import UntraceableError
 from bs_optuna.science.memory import MicrobatchBounds
+from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.loop import SMALLEST_EVALUATION_BATCH
-from bs_optuna.training.memory_limit import MemoryLimit
 from bs_optuna.training.memory_probe import MemoryProbe
 from bs_optuna.training.task import TrainingTask
 from bs_optuna.training.throughput import Throughput

@@ -20,7 +20,7 @@ from bs_optuna.science.throughput import smallest_fast
 from bs_optuna.training.backward import AccumulatedBackward
 from bs_optuna.training.batches import take
 from bs_optuna.training.data import first_samples
-from bs_optuna.training.memory_limit import MemoryLimit
+from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import release
 from bs_optuna.training.recipes import optimizer_factory

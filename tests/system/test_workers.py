@@ -111,11 +111,11 @@ def test_a_death_costs_one_attempt_which_goes_on_from_its_checkpoint(
 def test_a_killed_trial_gets_the_very_value_that_it_would_have_had(tmp_path: Path) -> None:
     alone, hurt = tmp_path / "alone", tmp_path / "hurt"
     values = []
-    for folder, times in ((alone, 0), (hurt, 1)):
+    for folder, times, isolated in ((alone, 0, ()), (hurt, 1, ("--isolate",))):
         folder.mkdir()
         # A microbatch of one sample cannot be halved, so both train the same.
         run = tune(
-            folder, str(DYING_TASK), "--isolate", "--trials", "1", "--microbatch-size", "1",
+            folder, str(DYING_TASK), *isolated, "--trials", "1", "--microbatch-size", "1",
             *SHORT, "--final-runs", "0", at=700, times=times,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr

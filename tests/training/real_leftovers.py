@@ -20,7 +20,7 @@ from bs_optuna.training import AccumulatedBackward
 from bs_optuna.training import GuardedStep
 from bs_optuna.training import TrainingTask
 from bs_optuna.training.evaluation import Evaluation
-from bs_optuna.training.memory_limit import MemoryLimit
+from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.memory_limit import memory_limit
 from bs_optuna.training.process_memory import process_memory
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bs_optuna.training import AccumulatedBackward
-from bs_optuna.training.memory_limit import MemoryLimit
+from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.memory_limit import memory_limit
 
 

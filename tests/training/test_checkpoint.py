@@ -21,8 +21,8 @@ from torch.utils.data import Dataset
 from bs_optuna.training import TrainingTask
 from bs_optuna.training.budget import Budget
 from bs_optuna.training.checkpoint import CheckpointFile
+from bs_optuna.training.limit import NoLimit
 from bs_optuna.training.loop import TrainingRun
-from bs_optuna.training.memory_limit import NoLimit
 from bs_optuna.training.random_states import random_states
 from bs_optuna.training.random_states import restore_random_states
 from bs_optuna.training.run_settings import RunSettings

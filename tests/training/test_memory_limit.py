@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from bs_optuna.errors import ConfigError
+from bs_optuna.training.limit import NoLimit
 from bs_optuna.training.limit_environment import LIMIT_ENVIRONMENT
 from bs_optuna.training.limit_environment import is_prepared
-from bs_optuna.training.memory_limit import LinuxCpuLimit
-from bs_optuna.training.memory_limit import NoLimit
+from bs_optuna.training.linux_cpu_limit import LinuxCpuLimit
 from bs_optuna.training.memory_limit import memory_limit
 
 
@@ -354,7 +354,24 @@ def test_a_limit_that_cannot_be_enforced_is_refused(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_cublas_keeps_is_there_before_a_prediction() -> None:
+    device = torch.device("cuda")
+    limit = memory_limit(device, 2**30)
+    kept = []
+
+    def step() -> None:
+        weight = torch.ones(64, 64, device=device, requires_grad=True)
+        (weight @ weight).sum().backward()
+        kept.append(torch.cuda.memory_allocated(device))
+
+    for _ in range(2):
+        limit.warm_up(step)
+    limit.start_trial()
+    assert len(kept) == 1
+    assert torch.cuda.memory_allocated(device) >= 2**20  # more than all of its tensors
+
+
+@pytest.mark.gpu
 def test_a_cuda_limit_refuses_and_is_lifted() -> None:
     device = torch.device("cuda")
     limit = memory_limit(device, 2**30)

@@ -19,9 +19,9 @@ from bs_optuna.sampling import attributes
 from bs_optuna.training import Budget
 from bs_optuna.training import TrainingObjective
 from bs_optuna.training import TrainingTask
+from bs_optuna.training.limit import MemoryLimit
+from bs_optuna.training.limit import NoLimit
 from bs_optuna.training.limit_environment import LIMIT_ENVIRONMENT
-from bs_optuna.training.memory_limit import MemoryLimit
-from bs_optuna.training.memory_limit import NoLimit
 from bs_optuna.training.starting_sizes import FittingSizes
 from bs_optuna.training.starting_sizes import StartingSizes
 
@@ -143,8 +143,8 @@ PROGRAM = """
     from bs_optuna.training import evaluation
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    model, optimizer, mib, samples = sys.argv[1:]
-    CPU, SAMPLES = torch.device("cpu"), int(samples)
+    model, optimizer, mib, samples, device = sys.argv[1:]
+    DEVICE, SAMPLES = torch.device(device), int(samples)
 
     def wide():
         return nn.Sequential(nn.Linear(16, 65536), nn.ReLU(), nn.Linear(65536, 10))
@@ -183,7 +183,7 @@ PROGRAM = """
     evaluation.Evaluation._attempt = lambda *a: evaluations.append(1) or attempt(*a)
 
     objective = TrainingObjective(
-        task, budget=Budget("steps", 2), batch_size=(16, SAMPLES), memory_limit=limit, device=CPU
+        task, budget=Budget("steps", 2), batch_size=(16, SAMPLES), memory_limit=limit, device=DEVICE
     )
     evaluations.clear()  # that of the rehearsal
     study = optuna.create_study()
@@ -204,7 +204,7 @@ PROGRAM = """
             batch_size=2 * size, learning_rate=1e-4, budget=Budget("steps", 2), seed=0,
             microbatch_size=size, evaluations=1,
         )
-        run = TrainingRun(task, settings, device=CPU, limit=memory_limit(CPU, limit))
+        run = TrainingRun(task, settings, device=DEVICE, limit=memory_limit(DEVICE, limit))
         for _ in run.checkpoints():
             pass
         return size in run.failed_sizes
@@ -220,10 +220,13 @@ PROGRAM = """
 """
 
 
-def study_under(model: str, optimizer: str, mib: int, samples: int) -> dict[str, Any]:
+def study_under(
+    model: str, optimizer: str, mib: int, samples: int, device: str = "cpu"
+) -> dict[str, Any]:
     """What a study of three trials met in a fresh process with a real limit."""
+    arguments = (model, optimizer, str(mib), str(samples), device)
     child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), model, optimizer, str(mib), str(samples)],
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | LIMIT_ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -250,7 +253,20 @@ def study_under(model: str, optimizer: str, mib: int, samples: int) -> dict[str,
 def test_at_most_one_attempt_fails_and_at_most_a_tenth_is_wasted(
     model: str, optimizer: str, mib: int, samples: int
 ) -> None:
-    found = study_under(model, optimizer, mib, samples)
+    check_study(study_under(model, optimizer, mib, samples), samples)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "mib", "samples"),
+    [("wide", 250, 1024), ("wide", 700, 4096), ("cnn", 250, 4096), ("transformer", 250, 4096)],
+)
+def test_nor_on_a_gpu(model: str, mib: int, samples: int) -> None:
+    check_study(study_under(model, "adamw", mib, samples, "cuda"), samples)
+
+
+def check_study(found: dict[str, Any], samples: int) -> None:
     assert found["failures"] + found["failed evaluations"] <= 1, found
     assert found["a ninth more fails"], found
     assert found["fits"] <= samples / 2, found
@@ -260,7 +276,7 @@ def test_at_most_one_attempt_fails_and_at_most_a_tenth_is_wasted(
 @linux
 @pytest.mark.slow
 def test_an_untraceable_task_halves_until_it_fits() -> None:
-    found = study_under("untraceable", "sgd", 50, 1024)
+    found = study_under("untraceable", "sgd", 50, 512)
     assert found["predicted"] is None
-    assert 1 <= found["failures"] <= 10  # log2(1024)
+    assert 1 <= found["failures"] <= 9  # log2(512)
     assert found["fits"] >= 16

@@ -16,7 +16,7 @@ from bs_optuna.science.throughput import smallest_fast
 from bs_optuna.training import Budget
 from bs_optuna.training import TrainingObjective
 from bs_optuna.training import TrainingTask
-from bs_optuna.training.memory_limit import NoLimit
+from bs_optuna.training.limit import NoLimit
 from bs_optuna.training.throughput import Throughput
 from bs_optuna.training.throughput import measure_throughput
 
