@@ -2,7 +2,8 @@
 
     python examples/plot_ridge.py
 
-Trains the digits for half a second a trial, so that the fastest batch size wins, and writes ridge.png.
+Trains the digits for half a second a trial, so that the fastest batch size wins, and writes
+ridge.png.
 Needs the extra "plot": python -m pip install -c constraints.txt -e ".[plot]"
 """
 
@@ -23,7 +24,10 @@ if __name__ == "__main__":
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_flush_denormal(True)
     objective = TrainingObjective(
-        digits.task(), budget=Budget("seconds", 0.5), batch_size=(8, 512), learning_rate=(1e-4, 1e-1)
+        digits.task(),
+        budget=Budget("seconds", 0.5),
+        batch_size=(8, 512),
+        learning_rate=(1e-4, 1e-1),
     )
     study = optuna.create_study(sampler=CoupledSampler(prior="adamw", seed=0))
     study.optimize(objective, n_trials=25)
