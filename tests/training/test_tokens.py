@@ -204,8 +204,8 @@ def test_a_study_on_texts_of_any_length_under_a_real_limit() -> None:
     for trials in found.values():
         assert [trial["state"] for trial in trials] == ["COMPLETE"] * 4
         assert [trial[attributes.EFFECTIVE_BATCH_SIZE] for trial in trials] == [64, 16, 48, 64]
-    # What fits is known for the longest texts, and no batch of the epoch is an exception. Rarely the
-    # first one fails, where the process took a little more than expected.
+    # What fits is known for the longest texts, and no batch of the epoch is an exception. Rarely
+    # the first one fails, where the process took a little more than expected.
     first, *others = (trial[attributes.BACKOFFS] for trial in found["predicted"])
     assert first <= 1
     assert not any(others)
