@@ -71,7 +71,6 @@ class CudaLimit(MemoryLimit):
         self._device = device
         self._limit_bytes = limit_bytes
         self._fraction = limit_bytes / total
-        self._warm = False
         self._outer = 1.0
         self._scope: Reentrant = Reentrant(impose=self._impose, lift=self._lift)
 
@@ -81,13 +80,11 @@ class CudaLimit(MemoryLimit):
         return self._limit_bytes
 
     def warm_up(self, step: Callable[[], object]) -> None:
-        """Runs the step once: cuBLAS keeps workspaces of its first calls, which count from then on.
+        """Runs the step: cuBLAS keeps workspaces of its first calls, which count from then on.
 
         They are tens of MiB, and what is predicted to fit must leave room for them.
         """
-        if not self._warm:
-            step()
-            self._warm = True
+        step()
 
     def start_trial(self) -> None:
         """Gives cached blocks back, which would count although nothing uses them."""

@@ -357,17 +357,13 @@ def test_a_limit_that_cannot_be_enforced_is_refused(
 def test_what_cublas_keeps_is_there_before_a_prediction() -> None:
     device = torch.device("cuda")
     limit = memory_limit(device, 2**30)
-    kept = []
 
     def step() -> None:
         weight = torch.ones(64, 64, device=device, requires_grad=True)
         (weight @ weight).sum().backward()
-        kept.append(torch.cuda.memory_allocated(device))
 
-    for _ in range(2):
-        limit.warm_up(step)
+    limit.warm_up(step)
     limit.start_trial()
-    assert len(kept) == 1
     assert torch.cuda.memory_allocated(device) >= 2**20  # more than all of its tensors
 
 

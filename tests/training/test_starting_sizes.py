@@ -262,7 +262,7 @@ def test_at_most_one_attempt_fails_and_at_most_a_tenth_is_wasted(
     ("model", "mib", "samples"),
     [("wide", 250, 1024), ("wide", 700, 4096), ("cnn", 250, 4096), ("transformer", 250, 4096)],
 )
-def test_nor_on_a_gpu(model: str, mib: int, samples: int) -> None:
+def test_a_gpu_meets_and_wastes_no_more(model: str, mib: int, samples: int) -> None:
     check_study(study_under(model, "adamw", mib, samples, "cuda"), samples)
 
 
