@@ -26,7 +26,6 @@ FILE = Path(__file__).with_name("digits_grid.csv")
 LEARNING_RATE_SPAN = math.log(300.0)
 # A study that tries each setting with so many seeds; the others say how far it may be trusted.
 SEEDS_OF_A_STUDY = 3
-CHANCE = math.log(10.0)  # loss of ten equal probabilities: training came to nothing
 
 
 @dataclass(frozen=True)
@@ -104,13 +103,6 @@ class MeasuredGrid:
             ]
             for first in groups
         ]
-
-    def stable_below(self, batch_size: int) -> float:
-        """Lowest learning rate above the best at which training comes to nothing."""
-        row = self.mean[list(self.sizes).index(batch_size)]
-        above = np.arange(len(row)) > row.argmin()
-        broken = self.rates[above & (row >= CHANCE)]
-        return float(broken[0]) if len(broken) else math.inf
 
     def _lowest(self, log_losses: Array) -> float:
         k = int(log_losses.argmin())

@@ -23,6 +23,7 @@ from scipy.optimize import minimize
 DIMENSIONS = 10_000
 BATCH_SIZES = (16, 4096)
 LEARNING_RATE_SPAN = math.log(1000.0)
+STABLE_BELOW = 2.0  # learning rate; the largest curvature is 1
 WORST = 10.0  # times the initial loss: what a diverged run counts as
 
 
@@ -50,10 +51,6 @@ class Surface:
     def batch_sizes(self) -> tuple[int, int]:
         """Smallest and largest."""
         return BATCH_SIZES
-
-    def stable_below(self, batch_size: int) -> float:
-        """Learning rate from which on it diverges at any batch size; the largest curvature is 1."""
-        return 2.0
 
     @property
     def optimizer(self) -> str:
@@ -94,19 +91,22 @@ class Surface:
         return {b: self.best_learning_rate(b) for b in sizes}
 
     def studies(self) -> list[list[tuple[int, float, float]]]:
-        """Values at the ridge's batch sizes and seven learning rates over the searched range.
+        """Values at the ridge's batch sizes and seven learning rates for each, of two draws.
 
-        A run that diverges has none (inf), as when a real one ends in NaN.
+        They are drawn one from each seventh of the searched range, since no two trials of a study
+        have the same. A run that diverges has no value (inf), as when a real one ends in NaN.
         """
-        low, high = self.learning_rates(0)
-        rates = np.exp(np.linspace(math.log(low), math.log(high), 7)).tolist()
-        return [
-            [
-                (b, lr, self.value(b, lr) if lr < self.stable_below(b) else math.inf)
-                for b in self.ridge
-                for lr in rates
-            ]
-        ]
+        low, high = np.log(self.learning_rates(0))
+        studies = []
+        for seed in range(2):
+            rng = np.random.default_rng(seed)
+            share = (np.arange(7) + rng.random((len(self.ridge), 7))) / 7
+            rates = np.exp(low + share * (high - low)).tolist()
+            runs = [(b, lr) for b, row in zip(self.ridge, rates, strict=True) for lr in row]
+            studies.append(
+                [(b, lr, self.value(b, lr) if lr < STABLE_BELOW else math.inf) for b, lr in runs]
+            )
+        return studies
 
     @cached_property
     def best(self) -> float:
@@ -116,7 +116,7 @@ class Surface:
             lambda at: self.value(*np.exp(at)),
             np.log(start),
             method="Nelder-Mead",
-            bounds=[tuple(np.log(BATCH_SIZES)), (None, math.log(self.stable_below(start[0])))],
+            bounds=[tuple(np.log(BATCH_SIZES)), (None, math.log(STABLE_BELOW))],
             options={"xatol": 1e-3, "fatol": 1e-6},
         )
         return min(float(found.fun), self.value(*start))

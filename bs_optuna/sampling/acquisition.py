@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import erfcx
-from scipy.special import logsumexp
 from scipy.special import ndtr
 
 from bs_optuna.sampling.cost import log_penalty
@@ -88,7 +87,8 @@ def _improvement(
     # A model of many parameters is too sure of itself after few trials; as in the confidence
     # bounds of GP-UCB (Srinivas 2010), exploration grows with the root of their number.
     sd = sd * math.sqrt(max(1.0, len(fit.space.axes) / 2.0))
-    score: Array = logsumexp(log_expected_improvement((incumbent[:, None] - mean) / sd, sd), axis=0)
+    expected = log_expected_improvement((incumbent[:, None] - mean) / sd, sd)
+    score: Array = np.logaddexp.reduce(expected, axis=0)
     score -= log_penalty(fit.space, fit.tried, fit.numbers, costs, candidates)
     if fit.anchor is not None and fit.space.ridge is not None:
         b, lr = fit.space.ridge
@@ -105,7 +105,10 @@ def _allowed(fit: Fit, candidates: Array, fixed: Mapping[int, float]) -> Array:
     for j, coordinate in fixed.items():
         candidates[:, j] = coordinate
     taken = np.concatenate([fit.tried, fit.running])
-    new: NDArray[np.bool_] = ~(np.abs(candidates[:, None] - taken) < 1e-9).all(-1).any(-1)
+    same = np.ones((len(candidates), len(taken)), dtype=bool)
+    for ours, theirs in zip(candidates.T, taken.T, strict=True):
+        same &= np.abs(ours[:, None] - theirs) < 1e-9
+    new: NDArray[np.bool_] = ~same.any(1)
     return candidates[new] if new.any() else candidates
 
 
