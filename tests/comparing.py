@@ -46,3 +46,7 @@ def assert_equal(found: Any, expected: Any) -> None:
         np.testing.assert_array_equal(found, expected)
     else:
         assert found == expected
+
+
+def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]

@@ -108,7 +108,7 @@ def _allowed(fit: Fit, candidates: Array, fixed: Mapping[int, float]) -> Array:
     same = np.ones((len(candidates), len(taken)), dtype=bool)
     for ours, theirs in zip(candidates.T, taken.T, strict=True):
         same &= np.abs(ours[:, None] - theirs) < 1e-9
-    new: NDArray[np.bool_] = ~same.any(1)
+    new: NDArray[np.bool_] = np.logical_not(same.any(1))
     return candidates[new] if new.any() else candidates
 
 

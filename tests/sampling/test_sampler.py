@@ -4,70 +4,27 @@ from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
 import pickle
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
-from optuna.distributions import FloatDistribution
-from optuna.distributions import IntDistribution
 from optuna.samplers import PartialFixedSampler
 from optuna.samplers import TPESampler
 from optuna.trial import TrialState
+from ridge_study import best_learning_rate
+from ridge_study import loss
+from ridge_study import objective
+from ridge_study import params
+from ridge_study import run
 
 from bs_optuna.errors import ConfigError
 from bs_optuna.sampling import CoupledSampler
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling import recommend
-from bs_optuna.sampling.fit import QUICK
-from bs_optuna.sampling.fit import Fit
-from bs_optuna.sampling.history import History
-from bs_optuna.sampling.space import Names
-from bs_optuna.sampling.space import Space
 from bs_optuna.science.prior import ScalingPrior
-
-
-Objective = Callable[[optuna.Trial], float]
-
-
-def best_learning_rate(batch_size: float) -> float:
-    return 3e-3 / (1.0 + 200.0 / batch_size)
-
-
-def loss(batch_size: float, lr: float) -> float:
-    off = math.log(lr / best_learning_rate(batch_size))
-    return 2.0 + 0.1 * off**2 + 0.02 * math.log(batch_size / 128) ** 2
-
-
-def objective(trial: optuna.Trial) -> float:
-    lr = trial.suggest_float("lr", 1e-5, 1e-1, log=True)
-    return loss(trial.suggest_int("batch_size", 16, 4096, log=True), lr)
-
-
-def run(
-    objective: Objective = objective,
-    n_trials: int = 12,
-    *,
-    direction: str = "minimize",
-    n_jobs: int = 1,
-    sampler: CoupledSampler | None = None,
-) -> optuna.Study:
-    sampler = sampler or CoupledSampler(prior="adamw", seed=0)
-    study = optuna.create_study(sampler=sampler, direction=direction)
-    study.optimize(objective, n_trials=n_trials, n_jobs=n_jobs)
-    return study
-
-
-def params(study: optuna.Study) -> list[dict[str, object]]:
-    return [t.params for t in study.trials]
 
 
 def test_finds_the_optimum_in_few_trials() -> None:
@@ -93,129 +50,6 @@ def test_other_parameters_stay_in_the_middle_during_the_walk() -> None:
     assert [p["layers"] for p in found[:3]] == [4, 4, 4]
     assert [p["weight_decay"] for p in found[:3]] == pytest.approx([1e-3] * 3)
     assert found[3]["weight_decay"] != pytest.approx(1e-3)  # from here on the model decides
-
-
-def heavy_ball(trial: optuna.Trial) -> float:
-    """Best where lr/(1 - momentum) is 0.03, whatever the momentum."""
-    trial.suggest_int("batch_size", 64, 256, log=True)
-    slow = 1.0 - trial.suggest_float("momentum", 0.0, 0.99)
-    off = math.log(trial.suggest_float("lr", 1e-4, 10.0, log=True) / slow / 0.03)
-    return min(off**2, 20.0) + 0.1 * math.log(slow / 0.05) ** 2
-
-
-def one_minus(trial: optuna.Trial) -> float:
-    """The same by another name."""
-    trial.suggest_int("batch_size", 64, 256, log=True)
-    slow = trial.suggest_float("one_minus_momentum", 0.01, 1.0, log=True)
-    off = math.log(trial.suggest_float("lr", 1e-4, 10.0, log=True) / slow / 0.03)
-    return min(off**2, 20.0) + 0.1 * math.log(slow / 0.05) ** 2
-
-
-def test_a_reference_goes_with_its_momentum() -> None:
-    sampler = CoupledSampler(prior="sgd", reference=(128, 0.02), seed=0)
-    (first,) = params(run(heavy_ball, 1, sampler=sampler))
-    assert first == {
-        "batch_size": 128,
-        "momentum": pytest.approx(0.9),
-        "lr": pytest.approx(0.02),
-    }
-
-
-@pytest.mark.parametrize("order", ["batch_size momentum lr", "lr momentum batch_size"])
-def test_an_enqueued_momentum_gets_its_own_learning_rate(order: str) -> None:
-    """Whichever is asked for first."""
-    ask: dict[str, Callable[[optuna.Trial], float]] = {
-        "batch_size": lambda trial: trial.suggest_int("batch_size", 16, 1024, log=True),
-        "momentum": lambda trial: trial.suggest_float("momentum", 0.0, 0.99),
-        "lr": lambda trial: trial.suggest_float("lr", 1e-4, 10.0, log=True),
-    }
-    found = {}
-    for momentum in (0.0, 0.9):
-        sampler = CoupledSampler(prior="sgd", reference=(128, 0.1), seed=0)
-        study = optuna.create_study(sampler=sampler)
-        study.enqueue_trial({"momentum": momentum})
-        trial = study.ask()
-        for name in order.split():
-            ask[name](trial)
-        assert trial.params["momentum"] == momentum
-        found[momentum] = trial.params["lr"]
-    assert found == {0.0: pytest.approx(1.0), 0.9: pytest.approx(0.1)}
-
-
-def test_learning_rate_follows_the_momentum_of_sgd() -> None:
-    def best(prior: ScalingPrior) -> float:
-        samplers = [CoupledSampler(prior=prior, seed=seed) for seed in range(8)]
-        return float(np.mean([run(heavy_ball, 10, sampler=s).best_value for s in samplers]))
-
-    sgd = ScalingPrior.for_optimizer("sgd")
-    assert best(sgd) < 0.7 * best(replace(sgd, momentum_exponent=0.0))
-
-
-def test_momentum_and_its_distance_from_one_are_the_same_parameter() -> None:
-    sgd, same = (CoupledSampler(prior="sgd", seed=0) for _ in range(2))
-    for one, other in zip(
-        params(run(heavy_ball, 6, sampler=sgd)),
-        params(run(one_minus, 6, sampler=same)),
-        strict=True,
-    ):
-        assert 1.0 - one["momentum"] == pytest.approx(other["one_minus_momentum"])  # type: ignore[operator]
-        assert one["lr"] == pytest.approx(other["lr"])
-
-
-@given(st.floats(-4.0, 0.0), st.floats(-4.0, 4.0))
-@settings(max_examples=20, deadline=None)
-def test_weight_decay_is_seen_as_samples_until_weights_are_forgotten(
-    faster: float, larger: float
-) -> None:
-    """B / (lr * decay) is the same, so the model sees the same weight decay."""
-    space = Space(
-        {
-            "batch_size": IntDistribution(1, 10**6, log=True),
-            "lr": FloatDistribution(1e-6, 1.0, log=True),
-            "weight_decay": FloatDistribution(1e-9, 1e3, log=True),
-        },
-        Names(),
-    )
-    tried = [{"batch_size": 64, "lr": 1e-2 * k, "weight_decay": 1e-2} for k in (0.3, 1.0, 3.0)]
-    seen = History([0, 1, 2], tried, np.array([[1.0], [0.0], [1.0]]), np.zeros(3), [])
-    rng = np.random.default_rng(0)
-    fit = Fit(space, ScalingPrior.for_optimizer("adamw"), seen, rng, effort=QUICK)
-    here = np.array([[math.log(64), math.log(1e-2), math.log(1e-2)]])
-    there = here + np.array([larger, faster, larger - faster])
-    np.testing.assert_allclose(fit.points(here).other, fit.points(there).other, atol=1e-9)
-    stronger = here + np.array([0.0, 0.0, 1.0])
-    assert not np.allclose(fit.points(here).other, fit.points(stronger).other)
-
-
-@pytest.mark.parametrize("high", [1.2e-4, 1e-3, 1.0])
-def test_a_narrow_range_of_weight_decay_is_not_blown_up(high: float) -> None:
-    """Near the ridge the feature is of the size of all others, about from -1 to 1."""
-    space = Space(
-        {
-            "batch_size": IntDistribution(16, 4096, log=True),
-            "lr": FloatDistribution(1e-6, 1.0, log=True),
-            "weight_decay": FloatDistribution(1e-4, high, log=True),
-        },
-        Names(),
-    )
-    tried = [{"batch_size": 64, "lr": 1e-2 * k, "weight_decay": 1e-4} for k in (0.3, 1.0, 3.0)]
-    seen = History([0, 1, 2], tried, np.array([[1.0], [0.0], [1.0]]), np.zeros(3), [])
-    rng = np.random.default_rng(0)
-    fit = Fit(space, ScalingPrior.for_optimizer("adamw"), seen, rng, effort=QUICK)
-    assert fit.anchor is not None
-    points = space.uniform(rng, 1000)
-    points[:, 1] = fit.anchor.best(points[:, 0]) + math.log(5.0) * rng.uniform(-1.0, 1.0, 1000)
-    features = np.abs(fit.points(points).other)
-    assert 0.5 < features.max() < 2.0
-
-
-def test_what_is_transferred_goes_with_the_momentum_that_it_was_found_at() -> None:
-    advice = recommend(run(heavy_ball, 25, sampler=CoupledSampler(prior="sgd", seed=0)))
-    assert advice.momentum == pytest.approx(advice.params["momentum"])
-    prior = ScalingPrior.from_evidence(advice)
-    assert prior.reference_momentum == advice.momentum
-    assert prior.momentum_exponent == 1.0
-    assert prior.learning_rate == pytest.approx(0.03 * (1.0 - advice.momentum), rel=0.5)  # type: ignore[operator]
 
 
 def test_maximising_is_minimising_the_negative() -> None:
@@ -289,15 +123,6 @@ def test_reference_out_of_range_is_clipped() -> None:
     assert study.trials[0].params == {"lr": 1e-1, "batch_size": 4096}
 
 
-def test_ask_and_tell_with_running_trials_gives_different_points() -> None:
-    study = run(n_trials=5)
-    space = study.trials[0].distributions
-    asked = [study.ask(space) for _ in range(6)]
-    assert len({tuple(t.params.items()) for t in asked}) == 6
-    spread = np.log([float(t.params["lr"]) for t in asked]).std()
-    assert spread > 0.05
-
-
 def test_small_finite_spaces_are_not_repeated_before_they_are_used_up() -> None:
     def finite(trial: optuna.Trial) -> float:
         batch_size = trial.suggest_categorical("batch_size", [32, 64, 128])
@@ -306,38 +131,6 @@ def test_small_finite_spaces_are_not_repeated_before_they_are_used_up() -> None:
     study = run(finite, 12)
     assert len({tuple(p.items()) for p in params(study)}) == 12
     study.optimize(finite, n_trials=1)
-
-
-def test_workers_that_begin_at_once_walk_as_one_after_the_other_would() -> None:
-    study = optuna.create_study(sampler=CoupledSampler(prior="adamw", seed=0))
-    asked = [study.ask() for _ in range(3)]
-    for trial in asked:
-        trial.suggest_int("batch_size", 16, 4096, log=True)
-    for trial in asked:
-        trial.suggest_float("lr", 1e-5, 1e-1, log=True)
-    alone = run(n_trials=3)
-    assert [t.params["batch_size"] for t in asked] == [p["batch_size"] for p in params(alone)]
-    for trial, before in zip(asked, params(alone), strict=True):
-        assert trial.params["lr"] == pytest.approx(before["lr"])
-
-
-def test_workers_that_begin_at_once_share_out_a_small_space() -> None:
-    study = optuna.create_study(sampler=CoupledSampler(prior="adamw", seed=0))
-    chosen = set()
-    for _ in range(6):  # all run at the same time, none has a result
-        trial = study.ask()
-        batch_size = trial.suggest_categorical("batch_size", [64])
-        chosen.add(
-            (batch_size, trial.suggest_categorical("lr", [1e-4, 2e-4, 4e-4, 8e-4, 1e-3, 2e-3]))
-        )
-    assert len(chosen) == 6
-
-
-def test_threads_share_the_sampler() -> None:
-    study = run(n_trials=24, n_jobs=4)
-    assert all(t.state == TrialState.COMPLETE for t in study.trials)
-    assert len({tuple(sorted(p.items())) for p in params(study)}) == 24
-    assert study.best_value < 2.05
 
 
 def test_diverged_failed_and_pruned_trials_are_left_behind() -> None:
@@ -489,29 +282,6 @@ def test_goes_on_in_an_sqlite_study_with_tpe_history(tmp_path: Path) -> None:
     new = [t.value for t in after.trials[12:]]
     assert min(new) < 2.02
     assert float(np.median(new)) < float(np.median([t.value for t in after.trials[:12]]))
-
-
-def _worker(storage: str) -> None:
-    study = optuna.load_study(
-        study_name="s", storage=storage, sampler=CoupledSampler(prior="adamw", seed=0)
-    )
-    study.optimize(objective, n_trials=6)
-
-
-@pytest.mark.slow
-def test_four_processes_on_one_sqlite_study(tmp_path: Path) -> None:
-    storage = f"sqlite:///{tmp_path}/study.db"
-    optuna.create_study(study_name="s", storage=storage)
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_worker, args=(storage,)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * 4
-    study = optuna.load_study(study_name="s", storage=storage)
-    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 24
-    assert len({tuple(sorted(p.items())) for p in params(study)}) == 24
 
 
 def test_two_parameters_need_two_names() -> None:

@@ -282,28 +282,3 @@ def test_mistakes_beyond_settings_end_before_anything_is_trained(
     assert "Traceback" not in run.stderr
     assert (tmp_path / "broken.db").read_text() == "not a database"
     assert [path.name for path in tmp_path.iterdir()] == ["broken.db"]
-
-
-@pytest.mark.parametrize("flag", ["--help", "--show-config"])
-def test_help_and_settings_are_shown_without_loading_what_is_slow(flag: str) -> None:
-    code = (
-        "import sys; from bs_optuna.tune import main\n"
-        f"try: main([{flag!r}])\n"
-        "except SystemExit: pass\n"
-        "print('loaded', {'torch', 'optuna', 'sklearn', 'rich'} & set(sys.modules))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert "batch" in run.stdout
-    assert run.stdout.splitlines()[-1] == "loaded set()"
-
-
-def test_importing_the_package_loads_neither_torch_nor_optuna() -> None:
-    code = (
-        "import sys, bs_optuna, bs_optuna.training; print({'torch', 'optuna'} & set(sys.modules))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert run.stdout == "set()\n"

@@ -7,12 +7,11 @@ sizes repeatable: the limit of a test must not be able to kill the tests.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
+from limited_process import run
 
 from bs_optuna.errors import ConfigError
 from bs_optuna.training.limit import NoLimit
@@ -24,80 +23,6 @@ from bs_optuna.training.memory_limit import memory_limit
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel enforces it on Linux only")
-
-PRELUDE = """
-import gc
-import resource
-import warnings
-import torch
-from torch import nn
-from bs_optuna.training.memory_limit import memory_limit
-from bs_optuna.training.oom import classify, empty_caches, release
-from bs_optuna.training.process_memory import process_memory
-
-warnings.simplefilter("error")
-MIB = 2**20
-UNLIMITED = resource.getrlimit(resource.RLIMIT_DATA)
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(64, 2048), nn.BatchNorm1d(2048), nn.ReLU(), nn.Linear(2048, 10))
-
-
-def cnn():
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 8, 8)),
-        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.Flatten(), nn.Linear(2048, 10),
-    )
-
-
-class Training:
-    def __init__(self, build):
-        torch.manual_seed(0)
-        self.model = build()
-        self.optimizer = torch.optim.AdamW(self.model.parameters())
-
-    def step(self, size):
-        self.optimizer.zero_grad(set_to_none=True)
-        inputs, targets = torch.randn(size, 64), torch.zeros(size, dtype=torch.long)
-        loss = nn.functional.cross_entropy(self.model(inputs), targets)
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
-
-
-def attempt(training, limit, size):
-    "The verdict of a step of this size under the limit, None where it fits."
-    try:
-        with limit.active():
-            training.step(size)
-        return None
-    except Exception as error:
-        failure = error
-    verdict = classify(failure)
-    assert verdict is not None and verdict.kind == "cpu", repr(failure)
-    release(failure)
-    training.optimizer.zero_grad(set_to_none=True)
-    empty_caches()
-    return verdict
-"""
-
-
-def run(program: str, *, environment: dict[str, str] | None = None) -> str:
-    """Runs a program in a fresh process and returns what it printed."""
-    settings = LIMIT_ENVIRONMENT if environment is None else environment
-    inherited = {k: v for k, v in os.environ.items() if k not in LIMIT_ENVIRONMENT}
-    child = subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(program)],
-        env=inherited | {"OMP_NUM_THREADS": "1"} | settings,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 0, f"exit status {child.returncode}\n{child.stderr}"
-    return child.stdout.strip()
 
 
 @linux
@@ -271,46 +196,6 @@ def test_a_limit_before_the_first_operation_is_refused(left_out: str) -> None:
     assert run(program).startswith("memory limit in force before warm_up()")
 
 
-@linux
-def test_a_process_that_is_not_prepared_is_told_how_to_start() -> None:
-    program = """
-        import warnings
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            memory_limit(torch.device("cpu"), 64 * MIB)
-        print(*[warning.message for warning in caught], sep="\\n")
-    """
-    lines = run(program, environment={}).splitlines()
-
-    assert len(lines) == 1
-    assert "not repeatable" in lines[0]
-    assert all(f"{name}={value}" in lines[0] for name, value in LIMIT_ENVIRONMENT.items())
-
-
-@linux
-def test_setting_the_environment_too_late_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = """
-        import os
-        from bs_optuna.training.limit_environment import LIMIT_ENVIRONMENT, is_prepared
-        os.environ.update(LIMIT_ENVIRONMENT)
-        print(is_prepared())
-    """
-    assert run(program, environment={}) == "False"
-    assert run(program) == "True"
-
-
-def test_the_environment_can_be_asked_for_without_loading_torch() -> None:
-    program = (
-        "import sys, bs_optuna.training.limit_environment; "
-        "print('torch' in sys.modules, 'numpy' in sys.modules)"
-    )
-    output = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    ).stdout
-
-    assert output.split() == ["False", "False"]
-
-
 def test_no_limit_changes_nothing() -> None:
     limit = memory_limit(CPU, None)
 
@@ -351,31 +236,3 @@ def test_a_limit_that_cannot_be_enforced_is_refused(
         ConfigError, match=f"512 MiB cannot be enforced on device '{device}'.*leave"
     ):
         memory_limit(torch.device(device), 512 * 2**20)
-
-
-@pytest.mark.gpu
-def test_what_cublas_keeps_is_there_before_a_prediction() -> None:
-    device = torch.device("cuda")
-    limit = memory_limit(device, 2**30)
-
-    def step() -> None:
-        weight = torch.ones(64, 64, device=device, requires_grad=True)
-        (weight @ weight).sum().backward()
-
-    limit.warm_up(step)
-    limit.start_trial()
-    assert torch.cuda.memory_allocated(device) >= 2**20  # more than all of its tensors
-
-
-@pytest.mark.gpu
-def test_a_cuda_limit_refuses_and_is_lifted() -> None:
-    device = torch.device("cuda")
-    limit = memory_limit(device, 2**30)
-    limit.start_trial()
-
-    with limit.active(), pytest.raises(torch.OutOfMemoryError):
-        torch.empty(2**31, dtype=torch.uint8, device=device)
-
-    assert torch.empty(2**31, dtype=torch.uint8, device=device).numel() == 2**31
-    with pytest.raises(ConfigError, match="the device has"):
-        memory_limit(device, 2**60)
