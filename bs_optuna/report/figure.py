@@ -10,7 +10,7 @@ import optuna
 from optuna.trial import TrialState
 
 from bs_optuna.errors import StudyError
-from bs_optuna.sampling.recommend import recommend
+from bs_optuna.sampling.recommend import recommend_each
 
 
 if TYPE_CHECKING:
@@ -86,10 +86,7 @@ def ridge_figure(
 def _draw_ridge(
     axes: Axes, study: optuna.Study, sizes: Sequence[int], names: tuple[str, str]
 ) -> None:
-    found = [
-        recommend(study, batch_size=size, batch_size_name=names[0], learning_rate_name=names[1])
-        for size in sizes
-    ]
+    found = recommend_each(study, sizes, batch_size_name=names[0], learning_rate_name=names[1])
     low, high = zip(*(f.learning_rate_interval for f in found), strict=True)
     axes.fill_between(sizes, low, high, color=RIDGE, alpha=0.13, linewidth=0, label="90 %")
     axes.plot(sizes, [f.learning_rate for f in found], c=RIDGE, lw=2, label="best learning rate")

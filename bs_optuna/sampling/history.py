@@ -125,6 +125,11 @@ def has_diverged(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.COMPLETE and not all(map(math.isfinite, trial.values))
 
 
+def is_complete(trial: FrozenTrial) -> bool:
+    """Whether it ended, with a finite value."""
+    return trial.state == TrialState.COMPLETE and math.isfinite(trial.values[0])
+
+
 def is_feasible(trial: FrozenTrial) -> bool:
     """Whether it violates no constraint; out of memory is one."""
     return all(c <= 0.0 for c in trial.constraints.values())

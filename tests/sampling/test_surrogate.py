@@ -104,6 +104,20 @@ def test_walkers_find_the_slope_of_a_ridge() -> None:
     assert np.median(model.theta(w)[:, 0]) == pytest.approx(0.9, abs=0.15)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_walkers_that_are_stuck_come_back(seed: int) -> None:
+    """Some start where all is noise around a flat function, and stretch moves lead nowhere."""
+    rng = np.random.default_rng(seed)
+    model, where = ridge_model(), points(np.random.default_rng(0), 20)
+    off = where.log_learning_rate - math.log(1e-3) - 0.5 * (where.log_batch_size - 5.5)
+    values = np.log1p(off**2)
+    seen = Observations(where, (values - values.mean()) / values.std(), np.zeros(20))
+    w = rng.standard_normal((48, model.size))
+    w[:3] = 3.3 * np.array([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0, -1.0, 1.0])
+    after = model.factor(explore(model, seen, w, rng, 40), seen)[2]
+    assert after.min() > np.median(after) - 30.0
+
+
 class _on(Kernel):
     """A scikit-learn kernel on some of the columns."""
 
