@@ -130,7 +130,7 @@ def test_the_file_of_the_project_is_whole() -> None:
     for optimizer, grid in grids.items():
         assert list(grid.sizes) == digits_grid.BATCH_SIZES
         assert list(grid.rates) == digits_grid.LEARNING_RATES[optimizer]
-        best = grid.rates[np.unravel_index(grid.mean.argmin(), grid.mean.shape)[1]]
         for seed in range(20):
             low, high = grid.learning_rates(seed)
-            assert low < best < high
+            within = grid.mean[:, (low < grid.rates) & (grid.rates < high)]
+            assert within.min() - grid.best < 0.002 * (grid.median - grid.best)
