@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class Answer:
         fit: In a space with a ridge.
         seen: The trials that it was fitted to.
         trials: The same, and others of the study.
-        rng: Random numbers.
+        seed: Of the random numbers, which are the same for every question.
         sign: -1 where the study maximises, else 1.
         cliff: Where training diverges; None if it never has.
     """
@@ -46,11 +47,11 @@ class Answer:
         fit: Fit,
         seen: history.History,
         trials: Sequence[FrozenTrial],
-        rng: np.random.Generator,
+        seed: int,
         sign: float,
         cliff: Cliff | None,
     ) -> None:
-        self._fit, self._seen, self._rng, self._sign = fit, seen, rng, sign
+        self._fit, self._seen, self._seed, self._sign = fit, seen, seed, sign
         self._cliff = cliff
         self._params = {t.number: t.params for t in trials}
         self._completed = {t.number for t in trials if history.is_complete(t)}
@@ -61,11 +62,9 @@ class Answer:
 
     def at(self, batch_size: int | None) -> Recommendation:
         """The best trial by posterior mean; with another batch size where one is given."""
-        # A pruned trial has taught the model something, but nobody has seen it end.
-        ended = np.array([number in self._completed for number in self._seen.numbers])
-        tried = self._fit.points(self._fit.tried)
-        expected = self._fit.posterior.predict(tried)[0].mean(0)
-        best = int(np.where(ended, expected, math.inf).argmin())
+        # Anew for each, so that no answer depends on what else was asked for.
+        self._rng = np.random.default_rng([self._seed, 1])
+        best = self._best
         params = dict(self._params[self._seen.numbers[best]])
         point = self._fit.tried[best].copy()
         if batch_size is not None:
@@ -74,6 +73,15 @@ class Answer:
         chance = float((draws.argmin(1) == best).mean())
         _, interval = self._best_learning_rate(point)
         return self._answer(params, self._seen.numbers[best], interval, draws[:, best], chance)
+
+    @cached_property
+    def _best(self) -> int:
+        """Index of the best trial by posterior mean, of those that ended."""
+        # A pruned trial has taught the model something, but nobody has seen it end.
+        ended = np.array([number in self._completed for number in self._seen.numbers])
+        tried = self._fit.points(self._fit.tried)
+        expected = self._fit.posterior.predict(tried)[0].mean(0)
+        return int(np.where(ended, expected, math.inf).argmin())
 
     def _at(self, batch_size: int, params: dict[str, Any], point: Array) -> Recommendation:
         """With a batch size that may be untried, all but the learning rate as at a point."""

@@ -129,11 +129,8 @@ def _answers(
     sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
     with one_thread():
         fit = Fit(space, belief, seen, np.random.default_rng(seed), effort=THOROUGH)
-        # Random numbers anew for each, so that none depends on what else was asked for.
-        return [
-            Answer(fit, seen, trials, np.random.default_rng([seed, 1]), sign, cliff).at(size)
-            for size in batch_sizes
-        ]
+        answer = Answer(fit, seen, trials, seed, sign, cliff)
+        return [answer.at(size) for size in batch_sizes]
 
 
 def _usable(study: Study, names: tuple[str, str]) -> list[FrozenTrial]:
