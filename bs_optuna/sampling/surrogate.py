@@ -44,6 +44,7 @@ _VALLEY_SD = 1.0
 _TILT_SD = 0.7
 _JITTER = 1e-6
 _STUCK = 10.0  # a walker that is so much below the median of their log posteriors
+_CACHED = 2**16  # numbers
 _SQRT5 = math.sqrt(5.0)
 
 
@@ -140,27 +141,30 @@ class Model:
 
     def inputs(self, theta: Array, points: Points) -> tuple[Array, Array, Array]:
         """Scaled inputs (S, N, D+2), basis (S, N, P) and mean (S, N) at each sample."""
-        n, s = len(points), len(theta)
-        other = np.broadcast_to(points.other, (s, n, points.other.shape[1]))
+        n, s, d = len(points), len(theta), points.other.shape[1]
         # All slopes together have about the variance of the values; curvatures are half as large.
         slope = 1.0 / math.sqrt(self._total)
-        basis = [np.ones((s, n, 1)), slope * other, 0.5 * slope * other[..., self._numeric] ** 2]
-        columns, mean, k = [other], np.zeros((s, n)), 0
+        squares = points.other[:, self._numeric] ** 2
+        own = 0 if self._anchor is None else 2
+        scaled = np.empty((s, n, own + d))
+        basis = np.empty((s, n, 1 + d + squares.shape[1] + 2 * own))
+        mean, k = np.zeros((s, n)), 0
         if self._anchor is not None:
             z = self.distance(theta, points)
             u = (points.log_batch_size - self._anchor.log_batch_size) / self._half
-            u = np.broadcast_to(u, z.shape)
             # A valley along the ridge: its weight has mean 1, so this is also the prior mean.
-            mean = np.log1p(z * z)
-            basis.append(
-                np.stack([slope * u, 0.5 * slope * u * u, _VALLEY_SD * mean, _TILT_SD * z], axis=-1)
-            )
-            columns, k = [np.stack([z, u], axis=-1), other], 3
+            mean, k = np.log1p(z * z), 3
+            scaled[..., 0], scaled[..., 1] = z, u
+            basis[..., -4], basis[..., -3] = slope * u, 0.5 * slope * u * u
+            basis[..., -2], basis[..., -1] = _VALLEY_SD * mean, _TILT_SD * z
+        scaled[..., own:] = points.other
+        basis[..., 0] = 1.0
+        basis[..., 1 : 1 + d] = slope * points.other
+        basis[..., 1 + d : 1 + d + squares.shape[1]] = 0.5 * slope * squares
         lengths = np.exp(theta[:, k:-2])
-        first = 2 if self._anchor is not None else 0
-        per_feature = np.concatenate([lengths[:, :first], lengths[:, first + self._groups]], axis=1)
-        scaled = np.concatenate(columns, axis=-1) / per_feature[:, None, :]
-        return scaled, np.concatenate(basis, axis=-1), mean
+        scaled[..., :own] /= lengths[:, None, :own]
+        scaled[..., own:] /= lengths[:, None, own + self._groups]
+        return scaled, basis, mean
 
     def covariance(
         self, theta: Array, left: tuple[Array, Array, Array], right: tuple[Array, Array, Array]
@@ -202,17 +206,20 @@ def _squared(vectors: Array) -> Array:
 
 def matern52(left: Array, right: Array) -> Array:
     """Matern kernel of smoothness 5/2 between scaled inputs (S, N, D) and (S, N', D)."""
-    # In place: most of a suggestion's time is spent here, and on moving temporaries about.
-    r: Array = left @ (-2.0 * right.transpose(0, 2, 1))
-    r += _squared(left)[:, :, None]
-    r += _squared(right)[:, None, :]
-    np.sqrt(np.maximum(r, 0.0, out=r), out=r)
-    r *= _SQRT5
-    kernel: Array = r * r
-    kernel /= 3.0
-    kernel += r
-    kernel += 1.0
-    kernel *= np.exp(np.negative(r, out=r), out=r)
+    left, right = _SQRT5 * left, _SQRT5 * right
+    kernel = np.empty((len(left), left.shape[1], right.shape[1]))
+    # In place, and a few samples at a time so that both arrays stay in the cache: most of a
+    # suggestion's time is spent here, and on moving temporaries about.
+    step = max(_CACHED // max(kernel[0].size, 1), 1)
+    for part in (slice(s, s + step) for s in range(0, len(left), step)):
+        k = np.matmul(left[part], -2.0 * right[part].transpose(0, 2, 1), out=kernel[part])
+        k += _squared(left[part])[:, :, None]
+        k += _squared(right[part])[:, None, :]
+        r = np.sqrt(np.maximum(k, 0.0, out=k))
+        k /= 3.0
+        k += r
+        k += 1.0
+        k *= np.exp(np.negative(r, out=r), out=r)
     return kernel
 
 

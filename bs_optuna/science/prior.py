@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from bs_optuna.science.ridge import TYPICAL_MOMENTUM
 from bs_optuna.science.ridge import Anchor
 from bs_optuna.science.ridge import ridge
 
+
+if TYPE_CHECKING:
+    from optuna.study import Study
 
 Array = NDArray[np.float64]
 
@@ -142,8 +146,26 @@ class ScalingPrior:
         )
 
     @classmethod
+    def from_study(cls, study: Study, *, prior: str | ScalingPrior | None = None) -> ScalingPrior:
+        """What another study has learned, as a new one's belief.
+
+        A study whose parameters have other names: `from_evidence(recommend(study, ...))`.
+
+        Args:
+            study: Any Optuna study that `recommend` has an answer for.
+            prior: Its optimizer or belief; None takes that of its CoupledSampler, if it has one.
+
+        Raises:
+            StudyError: As for `recommend`.
+        """
+        # The one arrow that points up, when called: what a study says is for `sampling` to know.
+        from bs_optuna.sampling.recommend import recommend
+
+        return cls.from_evidence(recommend(study, prior=prior))
+
+    @classmethod
     def from_evidence(cls, evidence: RidgeEvidence) -> ScalingPrior:
-        """What another study has learned, such as `recommend(old_study)`, as a new one's belief.
+        """What is known about a ridge, such as `recommend(old_study)`, as a new study's belief.
 
         Its intervals are widened by what a new model, data set or budget may change: the best
         learning rate by a factor of two, the slope by 0.1, the critical batch size by e. The

@@ -247,7 +247,9 @@ def test_measured_noise_scale_moves_the_critical_batch_size() -> None:
 
 def test_a_new_study_starts_from_what_an_old_one_learned() -> None:
     """The range of the new one is a hundred times too wide."""
-    prior = ScalingPrior.from_evidence(recommend(run(n_trials=25)))
+    old = run(n_trials=25)
+    prior = ScalingPrior.from_study(old)
+    assert prior == ScalingPrior.from_evidence(recommend(old))
 
     def wide(trial: optuna.Trial) -> float:
         lr = trial.suggest_float("lr", 1e-6, 10.0, log=True)
