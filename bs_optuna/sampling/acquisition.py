@@ -104,9 +104,8 @@ def _allowed(fit: Fit, candidates: Array, fixed: Mapping[int, float]) -> Array:
     candidates = fit.space.snapped(candidates)
     for j, coordinate in fixed.items():
         candidates[:, j] = coordinate
-    taken = np.concatenate([fit.tried, fit.running])
-    same = np.ones((len(candidates), len(taken)), dtype=bool)
-    for ours, theirs in zip(candidates.T, taken.T, strict=True):
+    same = np.ones((len(candidates), len(fit.taken)), dtype=bool)
+    for ours, theirs in zip(candidates.T, fit.taken.T, strict=True):
         same &= np.abs(ours[:, None] - theirs) < 1e-9
     new: NDArray[np.bool_] = np.logical_not(same.any(1))
     return candidates[new] if new.any() else candidates

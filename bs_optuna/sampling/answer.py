@@ -23,6 +23,8 @@ Array = NDArray[np.float64]
 
 _DRAWS = 20  # functions for each of the hyper-parameter samples
 _GRID = 121
+# Trials, the best by posterior mean, that any other has next to no chance of being better than.
+_RIVALS = 64
 # The best learning rate may lie outside the searched range, by this factor at most.
 _BEYOND = 30.0
 # Chance of divergence that a recommended learning rate may have. A run that breaks is lost, one at
@@ -65,23 +67,30 @@ class Answer:
         # Anew for each, so that no answer depends on what else was asked for.
         self._rng = np.random.default_rng([self._seed, 1])
         best = self._best
-        params = dict(self._params[self._seen.numbers[best]])
+        params = dict(self._params[self._fit.numbers[best]])
         point = self._fit.tried[best].copy()
         if batch_size is not None:
             return self._at(batch_size, params, point)
-        draws = self._draws(self._fit.tried)
-        chance = float((draws.argmin(1) == best).mean())
+        rivals = np.union1d(np.argsort(self._expected)[:_RIVALS], best)
+        draws = self._draws(self._fit.tried[rivals])
+        own = int(np.searchsorted(rivals, best))
+        chance = float((draws.argmin(1) == own).mean())
         _, interval = self._best_learning_rate(point)
-        return self._answer(params, self._seen.numbers[best], interval, draws[:, best], chance)
+        return self._answer(params, self._fit.numbers[best], interval, draws[:, own], chance)
 
     @cached_property
     def _best(self) -> int:
         """Index of the best trial by posterior mean, of those that ended."""
         # A pruned trial has taught the model something, but nobody has seen it end.
-        ended = np.array([number in self._completed for number in self._seen.numbers])
+        ended = np.array([number in self._completed for number in self._fit.numbers])
+        return int(np.where(ended, self._expected, math.inf).argmin())
+
+    @cached_property
+    def _expected(self) -> Array:
+        """Posterior mean of each trial."""
         tried = self._fit.points(self._fit.tried)
-        expected = self._fit.posterior.predict(tried)[0].mean(0)
-        return int(np.where(ended, expected, math.inf).argmin())
+        expected: Array = self._fit.posterior.predict(tried)[0].mean(0)
+        return expected
 
     def _at(self, batch_size: int, params: dict[str, Any], point: Array) -> Recommendation:
         """With a batch size that may be untried, all but the learning rate as at a point."""
@@ -128,9 +137,9 @@ class Answer:
     def _best_learning_rate(self, point: Array) -> tuple[float, Interval]:
         """Best learning rate with everything else as at a point, and its interval.
 
-        Each function drawn has its lowest point somewhere. Far beyond the data that is chance, so
-        each counts by the prior of where the best learning rate lies: within a factor of five of
-        the ridge, one standard deviation, as for the sampler. Where runs have diverged, the lowest
+        Each function drawn has its lowest point somewhere. Far from the data that is chance, so
+        each counts by a belief about where that point lies: as far from the ridge as the best trial
+        does, within a factor of five, one standard deviation. Where runs have diverged, the lowest
         point is one below the cliff: no smooth function can follow that, and a diverged run tells
         nothing else about the function. The learning rate keeps a distance from it.
         """
@@ -146,14 +155,25 @@ class Answer:
         lowest = drawn.argmin(1)
         # Anywhere in its cell.
         found = grid[lowest] + (grid[1] - grid[0]) * self._rng.uniform(-0.5, 0.5, len(lowest))
-        posterior = self._fit.posterior
-        z = posterior.model.distance(posterior.theta, self._fit.points(points))
-        sample = np.repeat(np.arange(len(z)), _DRAWS)
-        weights = np.exp(-0.5 * z[sample, lowest] ** 2)
+        off = np.repeat(self._off_the_best(points), _DRAWS, axis=0)
+        off = off[np.arange(len(lowest)), lowest]
+        weights = np.exp(-0.5 * (off**2 - (off**2).min()))
         low, middle, high = np.exp(
             np.quantile(found, [0.05, 0.5, 0.95], weights=weights, method="inverted_cdf")
         )
         return float(max(min(middle, safe), low)), (float(low), float(high))
+
+    def _off_the_best(self, points: Array) -> Array:
+        """How much further from the ridge points (N, P) lie than the best trial does, (S, N).
+
+        In factors of five, for each of the hyper-parameter samples.
+        """
+        posterior = self._fit.posterior
+        best = self._fit.tried[[self._best]]
+        here, there = (
+            posterior.model.distance(posterior.theta, self._fit.points(p)) for p in (points, best)
+        )
+        return here - there
 
     def _momentum(self, params: Mapping[str, Any]) -> float | None:
         if self._fit.space.momentum is None:

@@ -3,7 +3,8 @@
 Symbols: B batch size, m momentum, c the highest stable learning rate of a setting; p position, q
 and r slopes of the plane ln c = p + q (ln B - middle) + r (ln(1 - m) - middle), w the standard
 deviation of settings around it, as other parameters matter too. A run that diverged had a learning
-rate above its c, any other one below.
+rate above its c, any other one below. Runs that broke without saying why, all of them at larger
+batches than any other, had no memory and tell nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from scipy.special import log_ndtr
 
 from bs_optuna.sampling.history import has_diverged
 from bs_optuna.sampling.history import is_feasible
+from bs_optuna.sampling.history import tells_of_divergence
 from bs_optuna.sampling.space import Space
 
 
@@ -83,11 +85,15 @@ class Cliff:
             if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and is_feasible(t)
         ]
         diverged = np.array([has_diverged(t) for t in ran], dtype=bool)
+        coordinates = space.coordinates([t.params for t in ran])
+        assert space.ridge is not None
+        untold = diverged & np.array([not tells_of_divergence(t) for t in ran], dtype=bool)
+        sizes, rates = (coordinates[:, j] for j in space.ridge)
+        if _are_too_large(sizes, rates, untold, ~diverged):
+            coordinates, diverged = coordinates[~untold], diverged[~untold]
         if not diverged.any():
             return None
-        coordinates = space.coordinates([t.params for t in ran])
         slopes = _MOMENTUM_SLOPES if adds_up and space.momentum is not None else np.zeros(1)
-        assert space.ridge is not None
         return cls(_settings(space, coordinates), coordinates[:, space.ridge[1]], diverged, slopes)
 
     def draws(self, space: Space, point: Array, rng: np.random.Generator, count: int) -> Array:
@@ -103,6 +109,19 @@ class Cliff:
         from_middle = settings - self._middle
         limits: Array = p + q * from_middle[:, :1] + r * from_middle[:, 1:]
         return limits
+
+
+def _are_too_large(
+    sizes: Array, rates: Array, untold: NDArray[np.bool_], fine: NDArray[np.bool_]
+) -> bool:
+    """Whether runs that broke without saying why did so for want of memory.
+
+    Memory runs out above a batch size whatever the learning rate; no larger one then ends well.
+    """
+    if not untold.any() or not fine.any():
+        return False
+    by_size, by_rate = (x[untold].min() > x[fine].max() for x in (sizes, rates))
+    return bool(by_size and not by_rate)
 
 
 def _settings(space: Space, coordinates: Array) -> Array:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
 
+from bs_optuna.sampling.explore import explore
 from bs_optuna.sampling.history import History
-from bs_optuna.sampling.history import Scale
 from bs_optuna.sampling.history import scalarised
+from bs_optuna.sampling.scale import Scale
 from bs_optuna.sampling.space import Space
 from bs_optuna.sampling.start import anchored
 from bs_optuna.sampling.start import momentum_shift
@@ -19,7 +21,6 @@ from bs_optuna.sampling.surrogate import Model
 from bs_optuna.sampling.surrogate import Observations
 from bs_optuna.sampling.surrogate import Points
 from bs_optuna.sampling.surrogate import Posterior
-from bs_optuna.sampling.surrogate import explore
 from bs_optuna.science.prior import ScalingPrior
 
 
@@ -28,6 +29,11 @@ Array = NDArray[np.float64]
 # Up to here every suggestion gets the whole effort; beyond, hyper-parameters hardly change from
 # one trial to the next, and the effort is spread so that a suggestion takes about as long.
 _FULL_EFFORT_TRIALS = 40
+_PLACES = 256
+# The price of a fit grows with the third power of the number of trials, that of its memory with the
+# second. Hyper-parameters find their way by few of them, and then settle with those that are kept.
+_FEW = 128
+_MOST = 500
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,9 @@ class Fit:
         walkers: Where an earlier fit left the hyper-parameters.
 
     Attributes:
-        tried: Coordinates of the finished trials, (n, P).
+        tried: Coordinates of the finished trials, (n, P); of many, the best and some others.
         running: Coordinates of the running ones.
+        taken: Coordinates of all that are finished or running.
         numbers: Trial numbers of the finished ones, n of them.
         anchor: The belief about the ridge in this space; None if that has no ridge.
         scale: The scale on which the model sees the values.
@@ -88,19 +95,23 @@ class Fit:
         walkers: Array | None = None,
     ) -> None:
         self.space = space
-        self.tried, self.running = space.coordinates(seen.params), space.coordinates(seen.running)
-        self.numbers = seen.numbers
+        everything = space.coordinates(seen.params)
+        self.running = space.coordinates(seen.running)
+        self.taken = np.concatenate([everything, self.running])
+        values = scalarised(seen.values, rng)
+        kept = _thinned(values, _MOST)
+        self.tried, values = everything[kept], values[kept]
+        self.numbers = [seen.numbers[k] for k in kept]
         self.anchor = anchored(space, prior)
         self._decay_share = _decay_share(space, prior.exponent)
-        self.share = min(1.0, _FULL_EFFORT_TRIALS / len(seen)) if effort.spread else 1.0
+        self.share = min(1.0, _FULL_EFFORT_TRIALS / len(kept)) if effort.spread else 1.0
         bounds = None if space.ridge is None else space.axes[space.ridge[0]].bounds
         owners = space.features(self.tried)[1]
         nominal = np.array([space.axes[j].nominal for j in owners], dtype=bool)
         self.model = Model(self.anchor, bounds, owners, nominal)
-        values = scalarised(seen.values, rng)
-        self.scale = Scale.of(values)
+        self.scale = Scale.of(values, self._over_space(values))
         observed = Observations(
-            self.points(self.tried), self.scale.standardised(values), seen.doubts
+            self.points(self.tried), self.scale.standardised(values), seen.doubts[kept]
         )
         self.walkers = self._explored(observed, rng, effort, walkers)
         samples = max(int(effort.samples * self.share), 4)
@@ -129,13 +140,26 @@ class Fit:
         """How much the momentum of points (N, P) raises ln lr* above that at the reference's."""
         return 0.0 if self.anchor is None else momentum_shift(self.space, self.anchor, coordinates)
 
+    def _over_space(self, values: Array) -> Array:
+        """The value of the nearest trial that has one, at places all over the space, (m,)."""
+        able = np.isfinite(values)
+        if not able.any():
+            return values
+        places = self.space.uniform(np.random.default_rng(0), _PLACES)
+        places, tried = (self.space.scaled(p) for p in (places, self.tried[able]))
+        nearest: Array = values[able][cdist(places, tried).argmin(1)]
+        return nearest
+
     def _explored(
         self, observed: Observations, rng: np.random.Generator, effort: Effort, old: Array | None
     ) -> Array:
         if old is None or old.shape != (effort.walkers, self.model.size):
-            fresh = rng.standard_normal((effort.walkers, self.model.size))
-            return explore(self.model, observed, fresh, rng, effort.fresh_sweeps)
-        # The price of a sweep grows with the third power of n.
+            walkers = rng.standard_normal((effort.walkers, self.model.size))
+            few = observed[_thinned(observed.values, _FEW)]
+            walkers = explore(self.model, few, walkers, rng, effort.fresh_sweeps)
+            if len(few.values) < len(observed.values):
+                walkers = explore(self.model, observed, walkers, rng, effort.fresh_sweeps // 10)
+            return walkers
         if rng.random() < self.share**2:
             return explore(self.model, observed, old, rng, effort.sweeps)
         return old
@@ -149,6 +173,15 @@ class Fit:
             np.concatenate([observed.doubts, np.zeros(len(self.running))]),
         )
         self.posterior = Posterior(self.model, self.posterior.w, everything)
+
+
+def _thinned(values: Array, most: int) -> NDArray[np.int_]:
+    """In order: the best half of so many values, and others by chance; all if there are fewer."""
+    if len(values) <= most:
+        return np.arange(len(values))
+    order = np.argsort(values, kind="stable")
+    others = np.random.default_rng(0).choice(order[most // 2 :], most - most // 2, replace=False)
+    return np.sort(np.concatenate([order[: most // 2], others]))
 
 
 def _decay_share(space: Space, exponent: float) -> float:

@@ -27,8 +27,6 @@ Array = NDArray[np.float64]
 # trial's final value is extrapolated, and a trial may fail for reasons unlike its parameters.
 _DOUBT_PRUNED = 0.3
 _DOUBT_FAILED = 1.0
-# Beyond this many times the distance from best to median a loss only says "bad".
-_CLIP = 5.0
 
 
 @dataclass(frozen=True)
@@ -119,62 +117,27 @@ def has_diverged(trial: FrozenTrial) -> bool:
     if not is_feasible(trial):
         return False
     if trial.state == TrialState.PRUNED:
-        reason = str(trial.user_attrs.get(attributes.PRUNE_REASON, ""))
         reports = trial.intermediate_values.values()
-        return reason.startswith(attributes.DIVERGED) or not any(map(math.isfinite, reports))
+        return tells_of_divergence(trial) or not any(map(math.isfinite, reports))
     return trial.state == TrialState.COMPLETE and not all(map(math.isfinite, trial.values))
 
 
+def tells_of_divergence(trial: FrozenTrial) -> bool:
+    """Whether it was pruned for that, or has reported a value that is not finite."""
+    reason = str(trial.user_attrs.get(attributes.PRUNE_REASON, ""))
+    reports = trial.intermediate_values.values()
+    return reason.startswith(attributes.DIVERGED) or not all(map(math.isfinite, reports))
+
+
 def is_complete(trial: FrozenTrial) -> bool:
-    """Whether it ended, with a finite value."""
-    return trial.state == TrialState.COMPLETE and math.isfinite(trial.values[0])
+    """Whether it ended with a finite value, and is one that may be used."""
+    ended = trial.state == TrialState.COMPLETE and math.isfinite(trial.values[0])
+    return ended and is_feasible(trial)
 
 
 def is_feasible(trial: FrozenTrial) -> bool:
     """Whether it violates no constraint; out of memory is one."""
     return all(c <= 0.0 for c in trial.constraints.values())
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A scale on which a Gaussian process can follow the values: finite, mean 0, deviation 1.
-
-    ln(1 + t) with t the distance from the best, in units of that from the best to the median: it
-    tells the good ones apart and keeps a diverged run (11 beside 2.4) from hiding everything
-    else. Broken runs count as the clip.
-
-    Attributes:
-        best: Lowest value.
-        unit: Distance from it to the median.
-        centre: Mean of the logarithms.
-        spread: Their standard deviation.
-    """
-
-    best: float
-    unit: float
-    centre: float
-    spread: float
-
-    @classmethod
-    def of(cls, values: Array) -> Scale:
-        """The scale of values (n,), some of which may be infinite."""
-        finite = values[np.isfinite(values)]
-        if not len(finite):
-            return cls(0.0, 1.0, 0.0, 1.0)
-        best = float(finite.min())
-        unit = float(np.median(finite)) - best or float(finite.max()) - best or 1.0
-        scaled = np.log1p(np.minimum((values - best) / unit, _CLIP))
-        return cls(best, unit, float(scaled.mean()), float(scaled.std()) or 1.0)
-
-    def standardised(self, values: Array) -> Array:
-        """Values on the scale, same shape."""
-        scaled = np.log1p(np.minimum((values - self.best) / self.unit, _CLIP))
-        return (scaled - self.centre) / self.spread
-
-    def restored(self, standardised: Array) -> Array:
-        """Values off the scale, same shape; below the best one the scale goes on linearly."""
-        scaled = standardised * self.spread + self.centre
-        return self.best + self.unit * np.where(scaled > 0, np.expm1(scaled), scaled)
 
 
 def scalarised(values: Array, rng: np.random.Generator) -> Array:
@@ -214,5 +177,7 @@ def _typical_loss_after(trials: Iterable[FrozenTrial], sign: float) -> dict[int,
     return {step: change for step, change in medians.items() if math.isfinite(change)}
 
 
-def _key(trial: FrozenTrial, names: Collection[str]) -> tuple[Any, ...]:
-    return tuple(trial.params[name] for name in sorted(names))
+def _key(trial: FrozenTrial, names: Collection[str]) -> tuple[float, ...]:
+    # As numbers: a choice may be a list, which has no hash.
+    sorted_names = sorted(names)
+    return tuple(trial.distributions[n].to_internal_repr(trial.params[n]) for n in sorted_names)

@@ -46,7 +46,7 @@ def recommend(
 ) -> Recommendation:
     """The setting that a study supports, by posterior mean instead of the luckiest trial.
 
-    It takes about a second of one core after 60 trials and ten after 200.
+    TIME
 
     Args:
         study: Any Optuna study with one objective and the two parameters, whoever sampled it.
@@ -60,8 +60,9 @@ def recommend(
         seed: Of the random numbers behind the averages.
 
     Raises:
-        StudyError: The study lacks the parameters, has too few finished trials or several
-            objectives, or the batch size is not positive.
+        StudyError: The study lacks the parameters, has too few trials that completed with a finite
+            value and without violating a constraint, or several objectives, or the batch size is
+            not a positive whole number.
     """
     names = Names(
         batch_size=batch_size_name,
@@ -111,8 +112,9 @@ def _answers(
             "recommend answers for one. Choose among study.best_trials instead."
         )
     for batch_size in batch_sizes:
-        if batch_size is not None and batch_size < 1:
-            raise StudyError(f"batch_size is {batch_size}; ask for 1 or more.")
+        whole = isinstance(batch_size, int | np.integer) and not isinstance(batch_size, bool)
+        if batch_size is not None and not (whole and batch_size >= 1):
+            raise StudyError(f"batch_size is {batch_size}; ask for a whole number, 1 or more.")
     names = (called.batch_size, called.learning_rate)
     trials = _usable(study, names)
     space = Space(_space(trials, names), called)
@@ -122,6 +124,8 @@ def _answers(
             "name two that are."
         )
     belief = _prior(study, prior)
+    # One that was pruned early may lack parameters that all the others have.
+    trials = [t for t in trials if all(axis.name in t.params for axis in space.axes)]
     cliff = Cliff.seen_in(trials, space, adds_up=belief.momentum_exponent > 0)
     trials = [t for t in trials if not history.has_diverged(t)]
     seen = history.read(trials, study.directions, [axis.name for axis in space.axes])
@@ -152,8 +156,8 @@ def _usable(study: Study, names: tuple[str, str]) -> list[FrozenTrial]:
     finished = sum(map(history.is_complete, usable))
     if finished < MINIMUM_TRIALS:
         raise StudyError(
-            f"Study {study.study_name!r} has {finished} completed trials; "
-            f"a recommendation takes {MINIMUM_TRIALS}. Run more."
+            f"Study {study.study_name!r} has {finished} completed trials with a finite value and "
+            f"no constraint violated; a recommendation takes {MINIMUM_TRIALS}. Run more."
         )
     return usable
 

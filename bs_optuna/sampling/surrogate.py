@@ -1,16 +1,14 @@
 """A Gaussian process on ridge coordinates whose hyper-parameters are averaged over, not fitted.
 
 Symbols: n observations, N points, D other features, G other parameters, S samples of the
-hyper-parameters, T their number. In whitened form w ~ N(0, I) they are theta = mean + sd * w:
+hyper-parameters, T their number. In whitened form w ~ N(0, I) they are theta = mean + sd * w, but
+for the offset, whose tails are heavier:
 
     exponent, ln Bc, offset   the ridge, z = (ln lr - ridge(B) - offset) / ln 5
     ln length                 of z, of u = scaled ln B, and of each other parameter
     ln amplitude, ln noise    of the part that no basis function explains, and of the noise
 
     f = sum_p weight_p basis_p(z, u, x) + amplitude * Matern52(z, u, x), weight_p normal
-
-The posterior over w is explored by an ensemble of walkers (Goodman & Weare 2010, stretch move): no
-gradients, no tuning, and from one trial to the next it only has to move a little.
 """
 
 from __future__ import annotations
@@ -43,8 +41,10 @@ _NOISE = (math.log(0.03), 1.0)
 _VALLEY_SD = 1.0
 _TILT_SD = 0.7
 _JITTER = 1e-6
-_STUCK = 10.0  # a walker that is so much below the median of their log posteriors
-_CACHED = 2**16  # numbers
+# Tukey's h of the offset: tails so heavy that data overrule an anchor that is far off instead of
+# being averaged with it (O'Hagan 1979); within two standard deviations it is as good as normal.
+_TAIL = 0.1
+_CACHED = 2**17  # numbers
 _SQRT5 = math.sqrt(5.0)
 
 
@@ -66,6 +66,10 @@ class Points:
     def __len__(self) -> int:
         return len(self.other)
 
+    def __getitem__(self, which: NDArray[np.int_]) -> Points:
+        ridge = self.log_batch_size[which], self.log_learning_rate[which]
+        return Points(*ridge, self.other[which])
+
 
 @dataclass(frozen=True)
 class Observations:
@@ -80,6 +84,9 @@ class Observations:
     points: Points
     values: Array
     doubts: Array
+
+    def __getitem__(self, which: NDArray[np.int_]) -> Observations:
+        return Observations(self.points[which], self.values[which], self.doubts[which])
 
 
 class Model:
@@ -127,7 +134,10 @@ class Model:
 
     def theta(self, w: Array) -> Array:
         """Hyper-parameters of whitened ones, same shape."""
-        return self._mean + self._sd * w
+        theta: Array = self._mean + self._sd * w
+        if self._anchor is not None:
+            theta[:, 2] *= np.exp(0.5 * _TAIL * w[:, 2] ** 2)
+        return theta
 
     def distance(self, theta: Array, points: Points) -> Array:
         """z, how far ln lr lies above the ridge, in units of ln 5; (S, N). Needs an anchor."""
@@ -174,6 +184,13 @@ class Model:
         kernel *= np.exp(2.0 * theta[:, -2])[:, None, None]
         kernel += left[1] @ right[1].transpose(0, 2, 1)
         return kernel
+
+    def log_posterior(self, w: Array, seen: Observations) -> Array:
+        """Log posterior of w, (S,)."""
+        # A few at a time: large arrays go back to the system, and are slow to come again.
+        step = max(_CACHED // len(seen.values) ** 2, 1) if len(seen.values) else len(w)
+        parts = [self.factor(w[s : s + step], seen)[2] for s in range(0, len(w), step)]
+        return np.concatenate(parts)
 
     def factor(self, w: Array, seen: Observations) -> tuple[Array, Array, Array]:
         """Cholesky factor (S, n, n), whitened residual (S, n) and log posterior of w (S,)."""
@@ -263,32 +280,3 @@ class Posterior:
             root = vectors * np.sqrt(np.maximum(values, 0.0))
             drawn.append(mean + rng.standard_normal((count, len(points))) @ root.T)
         return np.concatenate(drawn)
-
-
-def explore(
-    model: Model, seen: Observations, walkers: Array, rng: np.random.Generator, sweeps: int
-) -> Array:
-    """Move walkers (S, T) towards the posterior of w by stretch moves, half of them at a time.
-
-    Halfway those that are stuck far from it go to where others are: by stretch moves alone some
-    never come back from a place that is e^50 times less likely (Hou et al. 2012, arXiv 1104.2612).
-    """
-    w = walkers.copy()
-    half = len(w) // 2
-    log_p = model.factor(w, seen)[2]
-    for sweep in range(2 * sweeps):
-        if sweep == sweeps:
-            stuck = log_p < np.median(log_p) - _STUCK
-            place = rng.choice(np.flatnonzero(~stuck), stuck.sum())
-            w[stuck], log_p[stuck] = w[place], log_p[place]
-        movers = np.arange(half) + half * (sweep % 2)
-        others = rng.permutation(np.arange(half) + half * (1 - sweep % 2))
-        stretch = (1.0 + rng.random(half)) ** 2 / 2.0
-        proposal = w[others] + stretch[:, None] * (w[movers] - w[others])
-        proposal = np.clip(proposal, -4.0, 4.0)
-        log_q = model.factor(proposal, seen)[2]
-        accepted = np.log(rng.random(half)) < (
-            (model.size - 1) * np.log(stretch) + log_q - log_p[movers]
-        )
-        w[movers[accepted]], log_p[movers[accepted]] = proposal[accepted], log_q[accepted]
-    return w

@@ -7,9 +7,6 @@ import math
 import numpy as np
 import optuna
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from optuna.distributions import FloatDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
@@ -96,35 +93,6 @@ def test_shared_space_ignores_trials_that_broke_off_early() -> None:
     full = trial(1, 1e-3, TrialState.COMPLETE, value=1.0)
     assert history.shared_space([full, early]) == LR
     assert history.shared_space([early]) == {}
-
-
-finite = arrays(np.float64, st.integers(1, 12), elements=st.floats(-1e3, 1e3))
-
-
-@given(finite, st.floats(0.1, 10.0), st.floats(-100.0, 100.0))
-def test_scale_ignores_units(values: np.ndarray, factor: float, shift: float) -> None:
-    values = np.round(values, 3)
-    here = history.Scale.of(values).standardised(values)
-    moved = values * factor + shift
-    there = history.Scale.of(moved).standardised(moved)
-    np.testing.assert_allclose(here, there, atol=1e-4)
-
-
-@given(finite)
-def test_scale_keeps_the_order_and_comes_back(values: np.ndarray) -> None:
-    values = np.round(values, 3)
-    scale = history.Scale.of(values)
-    standardised = scale.standardised(values)
-    assert np.isfinite(standardised).all()
-    assert (np.diff(standardised[np.argsort(values)]) >= 0).all()
-    assert scale.restored(standardised).min() == pytest.approx(values.min(), abs=1e-6)
-
-
-def test_a_diverged_run_does_not_hide_the_others() -> None:
-    values = np.array([2.40, 2.41, 2.45, 2.50, 11.0, math.inf])
-    standardised = history.Scale.of(values).standardised(values)
-    assert np.isfinite(standardised).all()
-    assert standardised[3] - standardised[0] > 1.0
 
 
 def test_random_trade_offs_reach_both_ends_of_the_front() -> None:

@@ -119,7 +119,7 @@ def test_one_lucky_run_does_not_win() -> None:
 
 
 def test_too_few_trials() -> None:
-    with pytest.raises(StudyError, match=r"2 completed trials; .* takes 3\. Run more"):
+    with pytest.raises(StudyError, match=r"2 completed trials .* takes 3\. Run more"):
         recommend(study_of(RandomSampler(seed=0), 2))
 
 
@@ -134,8 +134,3 @@ def test_several_objectives() -> None:
     study = optuna.create_study(directions=["minimize", "minimize"])
     with pytest.raises(StudyError, match="2 objectives"):
         recommend(study)
-
-
-def test_batch_size_must_be_positive() -> None:
-    with pytest.raises(StudyError, match="batch_size is 0"):
-        recommend(study_of(RandomSampler(seed=0), 3), batch_size=0)

@@ -12,11 +12,11 @@ from sklearn.gaussian_process.kernels import DotProduct
 from sklearn.gaussian_process.kernels import Kernel
 from sklearn.gaussian_process.kernels import Matern
 
+from bs_optuna.sampling.explore import explore
 from bs_optuna.sampling.surrogate import Model
 from bs_optuna.sampling.surrogate import Observations
 from bs_optuna.sampling.surrogate import Points
 from bs_optuna.sampling.surrogate import Posterior
-from bs_optuna.sampling.surrogate import explore
 from bs_optuna.sampling.surrogate import matern52
 from bs_optuna.science.prior import ScalingPrior
 
@@ -92,6 +92,23 @@ def test_walkers_keep_to_the_prior_without_observations() -> None:
     w = explore(model, nothing, w, rng, 200)
     assert np.abs(w.mean(0)).max() < 0.35
     assert np.abs(w.std(0) - 1.0).max() < 0.25
+
+
+def test_log_posterior_is_the_same_for_many_at_once() -> None:
+    rng = np.random.default_rng(0)
+    model, seen = ridge_model(), observed(rng, 150)
+    w = rng.standard_normal((8, model.size))
+    alone = [model.factor(one[None], seen)[2][0] for one in w]
+    np.testing.assert_allclose(model.log_posterior(w, seen), alone, rtol=1e-9)
+
+
+def test_only_the_offset_of_the_ridge_has_heavy_tails() -> None:
+    model = ridge_model()
+    near, far = (model.theta(np.full((1, model.size), w))[0] for w in (1.0, 4.0))
+    middle = model.theta(np.zeros((1, model.size)))[0]
+    ratio = (far - middle) / (near - middle)
+    assert ratio[2] == pytest.approx(4.0 * math.exp(0.75))
+    np.testing.assert_allclose(np.delete(ratio, 2), 4.0)
 
 
 def test_walkers_find_the_slope_of_a_ridge() -> None:
