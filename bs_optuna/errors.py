@@ -7,7 +7,7 @@ BsOptunaError
 │   ├── StudyError            the study: no database, read-only, another search space
 │   ├── WorkerError           worker processes end by an error, or die before any trial
 │   └── UntraceableError      the task's step cannot be predicted, only run
-├── DivergedError             the loss of a training is no finite number
+├── DivergedError             the loss or a metric of a training is no finite number
 ├── TrainingError             the task's own code raised an error: status 1, with its traceback
 ├── ThrashingError            memory runs out again and again
 ├── RanksError                processes that train together differ, or another one failed
@@ -52,7 +52,15 @@ class UntraceableError(UserError):
 
 
 class DivergedError(BsOptunaError, ArithmeticError):
-    """The loss is no finite number any more."""
+    """The loss is no finite number any more, or a metric is none.
+
+    Attributes:
+        metric: Its name, where the loss is finite.
+    """
+
+    def __init__(self, message: str, *, metric: str | None = None) -> None:
+        super().__init__(message)
+        self.metric = metric
 
 
 class TrainingError(BsOptunaError, RuntimeError):

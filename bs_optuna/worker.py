@@ -40,7 +40,10 @@ def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
     signal.signal(signal.SIGTERM, interruption)
     threading.Thread(target=_outlive_no_parent, daemon=True).start()
     try:
-        _run_trials(config, checkpoints, pipe, interruption)
+        try:
+            _run_trials(config, checkpoints, pipe, interruption)
+        finally:
+            interruption.no_more()
     except UserError as error:
         _tell(pipe, "failed", str(error))
     except KeyboardInterrupt:
@@ -104,6 +107,10 @@ class _Interruption:
             yield
         finally:
             self._deferred = True
+
+    def no_more(self) -> None:
+        """From here on it waits for good: how the worker ended is told, and its exit not cut."""
+        self._deferred = True
 
     def _raise_if_asked(self) -> None:
         if self.asked and not self._deferred:

@@ -33,7 +33,8 @@ def ridge_figure(
         learning_rate_name: Name of the learning rate in the study.
 
     Raises:
-        StudyError: There are too few trials to say where the best learning rate lies.
+        StudyError: There are too few trials to say where the best learning rate lies, or the two
+            parameters are not both positive numbers.
         ModuleNotFoundError: matplotlib is not installed; the extra ``plot`` brings it.
     """
     from matplotlib.figure import Figure  # an extra, and slow to load
@@ -51,9 +52,14 @@ def ridge_figure(
         for trial in study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
         if all(name in trial.params for name in names)
     ]
+    tried = [point[0] for point in (*complete, *pruned)]
+    if not all(isinstance(size, int | float) and size > 0 for size in tried):
+        raise StudyError(
+            f"Parameter {names[0]!r} of study {study.study_name!r} is not always a positive "
+            "number; name one that is with batch_size_name."
+        )
     figure = Figure(figsize=(7.2, 4.4), dpi=160, layout="constrained")
     axes = figure.add_subplot()
-    tried = [point[0] for point in (*complete, *pruned)]
     sizes = np.geomspace(min(tried), max(tried), POINTS)
     _draw_ridge(axes, study, sorted({round(size) for size in sizes}), names)
     if pruned:

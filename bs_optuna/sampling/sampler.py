@@ -38,6 +38,8 @@ _logger = logging.getLogger(__name__)
 
 # Three trials along the ridge come before the model has a say.
 _START_TRIALS = 3
+# How trials end that had all of their parameters, as a rule.
+_TOLD = (TrialState.COMPLETE, TrialState.PRUNED)
 _ANY_LEARNING_RATE = FloatDistribution(1e-12, 1e6, log=True)
 
 
@@ -82,7 +84,7 @@ class CoupledSampler(BaseSampler):
             raise ConfigError(
                 f"batch_size and learning_rate are both named {batch_size!r}; name two parameters."
             )
-        belief = ScalingPrior.for_optimizer(prior) if isinstance(prior, str) else prior
+        belief = prior if isinstance(prior, ScalingPrior) else ScalingPrior.for_optimizer(prior)
         self._prior = belief if reference is None else belief.with_reference(*reference)
         self._names = Names(
             batch_size=batch_size,
@@ -108,7 +110,7 @@ class CoupledSampler(BaseSampler):
         """The parameters that all finished trials share."""
         trials = study.get_trials(deepcopy=False)
         self._read = (study, trial.number, trials)
-        return history.shared_space(trials)
+        return history.shared_space(self._whole(trials))
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -137,6 +139,7 @@ class CoupledSampler(BaseSampler):
     ) -> dict[str, Any]:
         trials = [t for t in trials if t.number != trial.number]
         space = self._space(search_space)
+        self._warn_of_no_ridge(space, trials)
         rng = self._rng(trial)
         fixed = space.fixed(_known(trial))
         seen = history.read(trials, study.directions, search_space)
@@ -145,8 +148,10 @@ class CoupledSampler(BaseSampler):
         prior = history.informed(self._prior, trials)
         if len(seen) < _START_TRIALS:
             taken = space.coordinates([*seen.params, *seen.running])
-            return space.params(start_point(space, prior, trial.number, rng, fixed, taken))
+            index = self._place(trial, trials)
+            return space.params(start_point(space, prior, index, rng, fixed, taken))
         costs = {} if self._cost is None else measured(trials, self._cost)
+        self._warn_of_no_costs(costs, trials)
         fit = Fit(space, prior, seen, rng, effort=QUICK, walkers=self._walkers)
         self._walkers = fit.walkers
         return space.params(suggest(fit, rng, fixed, costs))
@@ -171,8 +176,12 @@ class CoupledSampler(BaseSampler):
         """Suggest one parameter that the shared model cannot: at the start, or conditional."""
         rng = self._rng(trial, param_name)
         trials = study.get_trials(deepcopy=False)
-        if any(t.state.is_finished() for t in trials):
-            self._warn_once(param_name)
+        told = [t for t in trials if t.state in _TOLD and t.params]
+        if any(t.distributions.get(param_name) != param_distribution for t in told):
+            self._warn_once(
+                f"Parameter {param_name!r} is not in every trial with the same range, so it is "
+                "sampled apart from the model; give it one range in all trials to have it modelled."
+            )
             alone = self._space({param_name: param_distribution})
             return alone.params(alone.uniform(rng, 1)[0])[param_name]
         space = self._space({**self._company(trial, param_name), param_name: param_distribution})
@@ -180,7 +189,8 @@ class CoupledSampler(BaseSampler):
         names = {axis.name for axis in space.axes}
         others = [t.params for t in trials if t.number != trial.number and names <= set(t.params)]
         taken = space.coordinates(others)
-        point = start_point(space, self._prior, trial.number, rng, fixed, taken)
+        index = self._place(trial, trials)
+        point = start_point(space, self._prior, index, rng, fixed, taken)
         return space.params(point)[param_name]
 
     def _trials(self, study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
@@ -189,6 +199,22 @@ class CoupledSampler(BaseSampler):
         if read is not None and read[0] is study and read[1] == trial.number:
             return read[2]
         return study.get_trials(deepcopy=False)
+
+    def _place(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> int:
+        """How many trials come before it; running ones get their parameters yet."""
+        return sum(t.number < trial.number for t in self._whole(trials))
+
+    def _whole(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """All but those that broke off before they had batch size and learning rate.
+
+        If the study has both, that is: the trials that told tell. Where there are none yet, a
+        single failure without one of the two has broken off, but a second one says otherwise.
+        """
+        trials = [t for t in trials if t.params or not t.state.is_finished()]
+        told = [t.params for t in trials if t.state in _TOLD]
+        names = {self._names.batch_size, self._names.learning_rate}.intersection(*told)
+        whole = [t for t in trials if t.state != TrialState.FAIL or names <= t.params.keys()]
+        return whole if told or len(trials) - len(whole) < 2 else trials
 
     def _company(self, trial: FrozenTrial, name: str) -> dict[str, BaseDistribution]:
         """What a parameter suggested alone has to fit: batch size and momentum for lr, and so on.
@@ -212,14 +238,38 @@ class CoupledSampler(BaseSampler):
             company[names.learning_rate] = _ANY_LEARNING_RATE
         return company
 
-    def _warn_once(self, name: str) -> None:
-        if name not in self._warned:
-            self._warned.add(name)
-            _logger.warning(
-                "Parameter %r is not in every trial with the same range, so it is sampled apart "
-                "from the model; give it one range in all trials to have it modelled.",
-                name,
+    def _warn_of_no_ridge(self, space: Space, trials: Sequence[FrozenTrial]) -> None:
+        """Where there is none by mistake: names that no trial has, or values that are no numbers.
+
+        One that is fixed, or has other ranges in other trials, is known under its name.
+        """
+        axes = {axis.name for axis in space.axes}
+        told = [t for t in trials if t.state in _TOLD]
+        if space.ridge is not None or len(axes) < 2 or not told:
+            return
+        names = (self._names.batch_size, self._names.learning_rate)
+        apart = [name for name in names if name not in axes]
+        if apart and all(any(name in t.params for t in told) for name in apart):
+            return
+        self._warn_once(
+            f"The parameters of all trials are {', '.join(sorted(axes))}; without a batch size "
+            f"{names[0]!r} and a learning rate {names[1]!r} that are positive numbers, nothing is "
+            "coupled and no reference used. Name them: "
+            "CoupledSampler(batch_size=..., learning_rate=...)."
+        )
+
+    def _warn_of_no_costs(self, costs: Mapping[int, float], trials: Sequence[FrozenTrial]) -> None:
+        completed = any(t.state == TrialState.COMPLETE for t in trials)
+        if self._cost is not None and completed and not costs:
+            self._warn_once(
+                f"No trial has a positive number as its user attribute {self._cost!r}, so cost is "
+                f"left out; store it: trial.set_user_attr({self._cost!r}, ...)."
             )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            _logger.warning("%s", message)
 
     def _space(self, search_space: Mapping[str, BaseDistribution]) -> Space:
         return Space(search_space, self._names)

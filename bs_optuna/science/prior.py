@@ -127,7 +127,7 @@ class ScalingPrior:
         Raises:
             ConfigError: The optimizer is not among the known ones.
         """
-        name = optimizer.lower()
+        name = str(optimizer).lower()  # None and classes are unknown, too
         try:
             family, learning_rate = _OPTIMIZERS[name]
         except KeyError:

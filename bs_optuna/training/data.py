@@ -10,6 +10,7 @@ import optree
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset
+from torch.utils.data import IterableDataset
 from torch.utils.data import TensorDataset
 from torch.utils.data import default_collate
 
@@ -36,6 +37,11 @@ def as_data(data: Any, *, name: str) -> Data:
         except (TypeError, ValueError) as error:
             raise TaskError(f"{name}: {error}") from None
         return pair
+    if isinstance(data, IterableDataset):
+        raise TaskError(
+            f"{name} is an IterableDataset, {type(data).__name__}; must give sample i as data[i], "
+            "so that it can be shuffled: a torch Dataset with __getitem__ and __len__."
+        )
     if isinstance(data, Dataset) and hasattr(data, "__len__"):
         if len(data) == 0:
             raise TaskError(f"{name} holds no samples; must hold at least 1.")

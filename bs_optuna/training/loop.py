@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from bs_optuna.errors import DivergedError
 from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.science.accumulation import AccumulationPlan
 from bs_optuna.training.backward import AccumulatedBackward
@@ -36,6 +34,9 @@ from bs_optuna.training.schedule import Schedule
 from bs_optuna.training.search import Search
 from bs_optuna.training.stepping import GuardedStep
 from bs_optuna.training.task import TrainingTask
+from bs_optuna.training.unusable import check_kind_of_loss
+from bs_optuna.training.unusable import check_training_loss
+from bs_optuna.training.unusable import check_values
 
 
 # On accelerators reading a loss waits for the device; every so many steps is soon enough.
@@ -158,8 +159,7 @@ class TrainingRun:
                 if not last and self._progress() >= points[k + 1].progress:
                     continue  # one large step has passed several rungs: the last of them counts
                 values = self.evaluate(self._task.valid_data)
-                if not all(math.isfinite(value) for value in values.values()):
-                    raise DivergedError(f"validation {values} after {self.samples} samples")
+                check_values(values, self.samples)
                 self._evaluated[k] = values
                 if not last:
                     self._save()
@@ -202,7 +202,7 @@ class TrainingRun:
     def _build(self) -> None:
         torch.manual_seed(self.settings.seed)
         with self._limit.active():
-            self._model = self._task.model().to(self._device)
+            self._model = self._task.new_model().to(self._device)
             if isinstance(self._given_loss, nn.Module):  # with weights or parameters of its own
                 loss = copy.deepcopy(self._given_loss).to(self._device)
                 self._task = replace(self._task, loss=loss)
@@ -268,7 +268,8 @@ class TrainingRun:
             self._search.learned(self)
         self.samples += settings.batch_size
         self.steps += 1
-        self._check(loss)
+        if self._device.type == "cpu" or not self._total or self.steps % STEPS_BETWEEN_CHECKS == 0:
+            check_training_loss(float(loss), self.samples)
         if any(lost.attempts for lost in self._losses):
             check_thrashing(self.lost, settings.batch_size, self.seconds, settings.oom_budget)
         taken = time.perf_counter() - begin
@@ -282,6 +283,10 @@ class TrainingRun:
         except MicrobatchDoesNotFitError as error:
             self.failed_sizes += map(self._unit.size, error.sizes_failed)
             self._tried(self._unit.size(error.sizes_tried[-1]))
+            raise
+        except Exception:
+            if self.steps == 0:
+                check_kind_of_loss(self._model, self._task.loss, (inputs, targets))
             raise
         *failed, ran = result.sizes_tried
         self.failed_sizes += map(self._unit.size, failed)
@@ -298,8 +303,3 @@ class TrainingRun:
         self.microbatch_size = size
         plan = AccumulationPlan(self.settings.batch_size, size)
         self.accumulation_steps = plan.accumulation_steps if steps is None else steps
-
-    def _check(self, loss: torch.Tensor) -> None:
-        wait = self._device.type == "cpu" or self.settings.budget.unit == "seconds"
-        if (wait or self.steps % STEPS_BETWEEN_CHECKS == 0) and not math.isfinite(float(loss)):
-            raise DivergedError(f"training loss {float(loss)} after {self.samples} samples")

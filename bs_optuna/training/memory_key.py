@@ -22,7 +22,7 @@ def memory_key(task: TrainingTask, *, device: torch.device, limit_bytes: int | N
         device: Where it is trained.
         limit_bytes: The limit on memory, if there is one.
     """
-    model = task.model()
+    model = task.new_model()
     inputs, targets = first_samples(task.train_data, 1)
     leaves: list[torch.Tensor] = [*optree.tree_leaves(inputs), *optree.tree_leaves(targets)]
     parts = (

@@ -149,7 +149,6 @@ class TrainingObjective:
         )
         known = self._known(trial.study)
         attempt = Attempt.read(trial.number, trial.user_attrs, folder=self._checkpoints)
-
         seed = self.seed + attempt.first
         run = self._run(batch_size, learning_rate, seed, known, attempt, search)
         _set(trial, attempt.started(microbatch_size=run.microbatch_size))
@@ -161,7 +160,8 @@ class TrainingObjective:
                 elif (reason := attempt.hopeless) is None:
                     value, reason = self._train(trial, run)
             except DivergedError as error:
-                reason = f"{attributes.DIVERGED}: {error}"
+                place = "" if error.metric is None else f" in {error.metric}"
+                reason = f"{attributes.DIVERGED}{place}: {error}"
             except (MicrobatchDoesNotFitError, ThrashingError) as error:
                 reason = f"memory: {error}"
             except Exception as error:

@@ -9,6 +9,7 @@ from dataclasses import field
 from functools import cached_property
 from typing import Any
 from typing import Literal
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -28,6 +29,8 @@ from bs_optuna.training.recipes import optimizer_factory
 
 
 UNNAMED = "task"
+# All that `new_model` has returned, as long as they live.
+_MADE: WeakSet[nn.Module] = WeakSet()
 _READ_AT_ONCE = 256  # samples, while the longest is sought
 
 
@@ -59,8 +62,9 @@ class TrainingTask:
             or module where it is left out.
 
     Raises:
-        TaskError: Data of another kind, an unknown optimizer, an objective that is no metric,
-            another ``batch_norm``, or ``trim`` without ``lengths``.
+        TaskError: A model instead of a function that makes one, data of another kind, an unknown
+            optimizer, an objective that is no metric, another ``batch_norm``, or ``trim`` without
+            ``lengths``.
     """
 
     model: Callable[[], nn.Module]
@@ -83,6 +87,11 @@ class TrainingTask:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, as_data(getattr(self, name), name=name))
         optimizer_factory(self.optimizer)
+        if isinstance(self.model, nn.Module) or not callable(self.model):
+            raise TaskError(
+                f"model is a {type(self.model).__name__}; must be a function that makes a new one "
+                "for each trial: model=lambda: Net()."
+            )
         if self.objective not in (known := ("loss", *self.metrics)):
             raise TaskError(f"objective={self.objective!r}; must be one of {', '.join(known)}.")
         if self.direction not in ("minimize", "maximize"):
@@ -91,6 +100,23 @@ class TrainingTask:
             raise TaskError("trim is for samples that vary in length; give lengths too.")
         if self.batch_norm not in ("microbatch", "exact"):
             raise TaskError(f"batch_norm={self.batch_norm!r}; must be 'microbatch' or 'exact'.")
+
+    def new_model(self) -> nn.Module:
+        """A model of its own for each training.
+
+        Raises:
+            TaskError: ``model`` returned no module, or one that it had returned before.
+        """
+        model = self.model()
+        if not isinstance(model, nn.Module):
+            raise TaskError(f"model returned a {type(model).__name__}; must be a torch.nn.Module.")
+        if model in _MADE:
+            raise TaskError(
+                f"model returned the same {type(model).__name__} as before, which would go on from "
+                "its trained weights; make a new one in each call: model=lambda: Net()."
+            )
+        _MADE.add(model)
+        return model
 
     @property
     def train_samples(self) -> int:

@@ -137,7 +137,7 @@ class _TimedStep:
         self._batch = first_samples(task.train_data, most)
         self._device = device
         self._clock = clock
-        model = task.model().to(device).train()
+        model = task.new_model().to(device).train()
         loss = task.loss
         self._parameters = list(model.parameters())
         if isinstance(loss, nn.Module):

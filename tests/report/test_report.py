@@ -9,6 +9,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution
 from rich.console import Console
 
 from bs_optuna.config import StudyConfig
@@ -130,6 +131,20 @@ def test_the_picture_is_drawn(tuning: Tuning, tmp_path: Path) -> None:
 def test_a_study_without_results_has_no_picture() -> None:
     with pytest.raises(StudyError, match="no complete trial"):
         ridge_figure(optuna.create_study())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rates"),
+    [(["16", "64"], [1e-3, 1e-2]), ([0, 64], [1e-3, 1e-2]), ([16, 64], ["1e-3"])],
+)
+def test_a_study_of_words_has_no_picture(sizes: list[object], rates: list[object]) -> None:
+    study = optuna.create_study()
+    space = {"batch_size": CategoricalDistribution(sizes), "lr": CategoricalDistribution(rates)}  # type: ignore[arg-type]
+    for size in [*sizes, *sizes]:
+        params = {"batch_size": size, "lr": rates[0]}
+        study.add_trial(optuna.create_trial(params=params, distributions=space, value=1.0))
+    with pytest.raises(StudyError, match=r"positive number.*; name"):
+        ridge_figure(study)
 
 
 def test_a_setting_at_the_edge_of_its_range_is_pointed_out(tuning: Tuning) -> None:

@@ -87,6 +87,21 @@ def test_in_a_trial_it_is_shown_with_one_line_that_names_the_trial(
 
 
 @pytest.mark.slow
+def test_a_worker_that_is_told_to_end_while_it_exits_says_nothing_more(tmp_path: Path) -> None:
+    """As its parent does when it has heard of the error; here by the worker, so that it is sure."""
+    late = """
+import atexit, multiprocessing, os, signal
+if multiprocessing.parent_process() is not None:
+    atexit.register(os.kill, os.getpid(), signal.SIGTERM)
+"""
+    run = tune(tmp_path, late + TASK.replace("WHEN", "outputs.requires_grad"), "--isolate")
+    assert run.returncode == 1, run.stderr
+    assert run.stderr.count("Traceback (most recent call last)") == 1
+    assert run.stderr.splitlines()[-1].startswith("error: trial 0 ")
+    assert "KeyboardInterrupt" not in run.stderr
+
+
+@pytest.mark.slow
 def test_in_a_final_run_it_is_shown_with_one_line_too(tmp_path: Path) -> None:
     run = tune_raising(tmp_path, "bool((targets == 9).all())", "--trials", "3")
     assert run.returncode == 1, run.stderr

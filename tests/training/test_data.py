@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import Dataset
+from torch.utils.data import IterableDataset
 from torch.utils.data import TensorDataset
 
 from bs_optuna.errors import TaskError
@@ -29,6 +31,14 @@ class Squares(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return torch.tensor([float(index)]), index
+
+
+class Stream(IterableDataset[Any]):
+    def __len__(self) -> int:
+        return 8
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(Squares(8))
 
 
 def pair(samples: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +91,9 @@ def test_a_tensor_data_set_is_taken_as_its_tensors() -> None:
         ({"valid_data": (torch.zeros(2), torch.zeros(3))}, r"valid_data: .*\[2, 3\] samples"),
         ({"test_data": iter(())}, "test_data is a tuple_iterator"),
         ({"valid_data": Squares(0)}, "valid_data holds no samples"),
+        ({"train_data": Stream()}, "train_data is an IterableDataset, Stream; must give sample i"),
+        ({"model": nn.Linear(1, 1)}, r"model is a Linear; must be .* model=lambda: Net\(\)\."),
+        ({"model": None}, "model is a NoneType; must be a function"),
         ({"optimizer": "adam"}, "optimizer='adam'; must be one of adamw, sgd"),
         ({"objective": "accuracy"}, "objective='accuracy'; must be one of loss"),
         ({"batch_norm": "whole"}, "batch_norm='whole'; must be 'microbatch' or 'exact'"),

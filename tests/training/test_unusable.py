@@ -1,0 +1,84 @@
+"""Models, losses and metrics that no training can go on with are refused with what to mend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from limited_task import make_objective
+from limited_task import make_task
+from limited_task import run_trial
+from optuna.trial import TrialState
+from torch import nn
+
+from bs_optuna.errors import TaskError
+from bs_optuna.sampling import attributes
+
+
+cross_entropy = nn.functional.cross_entropy
+
+
+def vector(outputs: Any, targets: Any) -> Any:
+    return cross_entropy(outputs, targets, reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("loss", "found"),
+    [
+        (lambda o, t: (cross_entropy(o, t), o), "a tuple"),
+        (lambda o, t: cross_entropy(o, t).item(), "a float"),
+        (vector, r"a tensor of shape \[2\] for 2 samples"),
+    ],
+    ids=["tuple", "float", "vector"],
+)
+@pytest.mark.parametrize("microbatch_size", [None, 8])
+def test_a_loss_that_is_no_number_is_named(
+    study: optuna.Study, loss: Any, found: str, microbatch_size: int | None
+) -> None:
+    objective = make_objective(make_task(loss=loss), microbatch_size=microbatch_size)
+    with pytest.raises(TaskError, match=rf"^loss returned {found}; must return one number"):
+        run_trial(objective, study, batch_size=32, lr=0.5)
+
+
+def test_an_error_inside_of_the_loss_stays_what_it_is(study: optuna.Study) -> None:
+    def loss(outputs: Any, targets: Any) -> Any:
+        raise KeyError("my own")
+
+    with pytest.raises(KeyError, match="my own"):
+        run_trial(make_objective(make_task(loss=loss)), study, batch_size=32, lr=0.5)
+
+
+def test_one_model_for_all_trials_is_refused(study: optuna.Study) -> None:
+    """The second one would go on from the weights of the first."""
+    net = nn.Linear(4, 3)
+    before = net.weight.clone()
+    with pytest.raises(
+        TaskError, match=r"model returned the same Linear as before, .* in each call"
+    ):
+        run_trial(make_objective(make_task(model=lambda: net)), study, batch_size=32, lr=0.5)
+    assert torch.equal(net.weight, before)
+    with pytest.raises(TaskError, match=r"model returned a function; must be a torch.nn.Module"):
+        make_objective(make_task(model=lambda: cross_entropy))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_metric_that_is_no_number_is_named(study: optuna.Study, broken: float) -> None:
+    task = make_task(metrics={"accuracy": lambda o, t: 0.5, "f1": lambda o, t: broken})
+    trial = run_trial(make_objective(task), study, batch_size=32, lr=0.5)
+    assert trial.state == TrialState.PRUNED
+    reason = trial.user_attrs[attributes.PRUNE_REASON]
+    assert reason.startswith(f"diverged in f1: validation f1 {broken} after ")
+    assert reason.endswith("; mend that metric or leave it out")
+
+
+def test_a_loss_that_diverges_is_not_blamed_on_a_metric(study: optuna.Study) -> None:
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(outputs, targets) / torch.tensor(float(outputs.requires_grad))
+
+    trial = run_trial(
+        make_objective(make_task(loss=loss, metrics={"loss too": loss})), study,
+        batch_size=32, lr=0.5,
+    )  # fmt: skip
+    assert trial.user_attrs[attributes.PRUNE_REASON].startswith("diverged: validation loss inf")
