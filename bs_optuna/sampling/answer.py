@@ -71,8 +71,7 @@ class Answer:
         point = self._fit.tried[best].copy()
         if batch_size is not None:
             return self._at(batch_size, params, point)
-        rivals = np.union1d(np.argsort(self._expected)[:_RIVALS], best)
-        draws = self._draws(self._fit.tried[rivals])
+        rivals, draws = self._rivals
         own = int(np.searchsorted(rivals, best))
         chance = float((draws.argmin(1) == own).mean())
         _, interval = self._best_learning_rate(point)
@@ -91,6 +90,14 @@ class Answer:
         tried = self._fit.points(self._fit.tried)
         expected: Array = self._fit.posterior.predict(tried)[0].mean(0)
         return expected
+
+    @cached_property
+    def _rivals(self) -> tuple[NDArray[np.int_], Array]:
+        """Indices (R,) of the trials that may be the best, and functions drawn there (S', R)."""
+        rivals = np.union1d(np.argsort(self._expected)[:_RIVALS], self._best)
+        points = self._fit.points(self._fit.tried[rivals])
+        rng = np.random.default_rng([self._seed, 2])
+        return rivals, self._fit.posterior.draws(points, rng, _DRAWS)
 
     def _at(self, batch_size: int, params: dict[str, Any], point: Array) -> Recommendation:
         """With a batch size that may be untried, all but the learning rate as at a point."""
@@ -138,10 +145,10 @@ class Answer:
         """Best learning rate with everything else as at a point, and its interval.
 
         Each function drawn has its lowest point somewhere. Far from the data that is chance, so
-        each counts by a belief about where that point lies: as far from the ridge as the best trial
-        does, within a factor of five, one standard deviation. Where runs have diverged, the lowest
-        point is one below the cliff: no smooth function can follow that, and a diverged run tells
-        nothing else about the function. The learning rate keeps a distance from it.
+        each counts by a belief about where that point lies: as far from the ridge as the trials do
+        that may be the best, within a factor of five, one standard deviation. Where runs have
+        diverged, the lowest point is one below the cliff: no smooth function can follow that, and a
+        diverged run tells nothing else about the function. The learning rate keeps a distance.
         """
         low, high = self._fit.space.axes[self._lr].bounds
         grid = np.linspace(low - math.log(_BEYOND), high + math.log(_BEYOND), _GRID)
@@ -164,16 +171,17 @@ class Answer:
         return float(max(min(middle, safe), low)), (float(low), float(high))
 
     def _off_the_best(self, points: Array) -> Array:
-        """How much further from the ridge points (N, P) lie than the best trial does, (S, N).
+        """How much further from the ridge points (N, P) lie than the best trials do, (S, N).
 
         In factors of five, for each of the hyper-parameter samples.
         """
-        posterior = self._fit.posterior
-        best = self._fit.tried[[self._best]]
+        posterior, (rivals, draws) = self._fit.posterior, self._rivals
+        chances = np.bincount(draws.argmin(1), minlength=len(rivals)) / len(draws)
         here, there = (
-            posterior.model.distance(posterior.theta, self._fit.points(p)) for p in (points, best)
+            posterior.model.distance(posterior.theta, self._fit.points(p))
+            for p in (points, self._fit.tried[rivals])
         )
-        return here - there
+        return here - (there @ chances)[:, None]
 
     def _momentum(self, params: Mapping[str, Any]) -> float | None:
         if self._fit.space.momentum is None:

@@ -1,8 +1,7 @@
 """A Gaussian process on ridge coordinates whose hyper-parameters are averaged over, not fitted.
 
 Symbols: n observations, N points, D other features, G other parameters, S samples of the
-hyper-parameters, T their number. In whitened form w ~ N(0, I) they are theta = mean + sd * w, but
-for the offset, whose tails are heavier:
+hyper-parameters, T their number. In whitened form w ~ N(0, I) they are theta = mean + sd * w:
 
     exponent, ln Bc, offset   the ridge, z = (ln lr - ridge(B) - offset) / ln 5
     ln length                 of z, of u = scaled ln B, and of each other parameter
@@ -41,9 +40,6 @@ _NOISE = (math.log(0.03), 1.0)
 _VALLEY_SD = 1.0
 _TILT_SD = 0.7
 _JITTER = 1e-6
-# Tukey's h of the offset: tails so heavy that data overrule an anchor that is far off instead of
-# being averaged with it (O'Hagan 1979); within two standard deviations it is as good as normal.
-_TAIL = 0.1
 _CACHED = 2**17  # numbers
 _SQRT5 = math.sqrt(5.0)
 
@@ -134,10 +130,7 @@ class Model:
 
     def theta(self, w: Array) -> Array:
         """Hyper-parameters of whitened ones, same shape."""
-        theta: Array = self._mean + self._sd * w
-        if self._anchor is not None:
-            theta[:, 2] *= np.exp(0.5 * _TAIL * w[:, 2] ** 2)
-        return theta
+        return self._mean + self._sd * w
 
     def distance(self, theta: Array, points: Points) -> Array:
         """z, how far ln lr lies above the ridge, in units of ln 5; (S, N). Needs an anchor."""

@@ -102,15 +102,6 @@ def test_log_posterior_is_the_same_for_many_at_once() -> None:
     np.testing.assert_allclose(model.log_posterior(w, seen), alone, rtol=1e-9)
 
 
-def test_only_the_offset_of_the_ridge_has_heavy_tails() -> None:
-    model = ridge_model()
-    near, far = (model.theta(np.full((1, model.size), w))[0] for w in (1.0, 4.0))
-    middle = model.theta(np.zeros((1, model.size)))[0]
-    ratio = (far - middle) / (near - middle)
-    assert ratio[2] == pytest.approx(4.0 * math.exp(0.75))
-    np.testing.assert_allclose(np.delete(ratio, 2), 4.0)
-
-
 def test_walkers_find_the_slope_of_a_ridge() -> None:
     rng = np.random.default_rng(0)
     model = ridge_model()
