@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 from typing import Literal
 
@@ -19,15 +18,12 @@ from torch import nn
 from bs_optuna.science.regrowth import MicrobatchLimit
 from bs_optuna.science.regrowth import Smaller
 from bs_optuna.training.batches import Batch
-from bs_optuna.training.batches import call_model
-from bs_optuna.training.batches import moved
 from bs_optuna.training.cutting import Count
 from bs_optuna.training.cutting import Cutting
 from bs_optuna.training.cutting import Lengths
 from bs_optuna.training.cutting import Plan
 from bs_optuna.training.cutting import Trim
 from bs_optuna.training.lost import Lost
-from bs_optuna.training.normalization import WholeBatchStatistics
 from bs_optuna.training.normalization import needs_two_samples
 from bs_optuna.training.normalization import warn_of_split
 from bs_optuna.training.onednn import give_up_onednn
@@ -43,11 +39,11 @@ from bs_optuna.training.shared_pass import SharedPass
 from bs_optuna.training.snapshot import StepSnapshot
 from bs_optuna.training.snapshot import draws_foreign
 from bs_optuna.training.snapshot import parameters_of
+from bs_optuna.training.weighted_pass import LossFunction
+from bs_optuna.training.weighted_pass import WeightedPass
 
 
 _logger = logging.getLogger(__name__)
-
-LossFunction = Callable[[Any, Any], torch.Tensor]
 
 
 class AccumulatedBackward:
@@ -153,8 +149,6 @@ class AccumulatedBackward:
         refuse_wrapped(model)
         self.lost = Lost()
         self._modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
-        self._model = model
-        self._loss_fn = loss_fn
         self._cutting = Cutting(
             reduction=reduction,
             count=count,
@@ -164,10 +158,7 @@ class AccumulatedBackward:
         )
         most = microbatch_tokens if microbatch_size == "auto" else microbatch_size
         self._limit = MicrobatchLimit(most, regrow_after=regrow_after, smaller=smaller)
-        self._scaler = scaler
-        self._autocast_dtype = autocast_dtype
-        self._exact_batch_norm = batch_norm == "exact"
-        self._warned = self._exact_batch_norm  # that microbatches change BatchNorm
+        self._warned = batch_norm == "exact"  # that microbatches change BatchNorm
         self._parts = list({id(m): m for root in self._modules for m in root.modules()}.values())
         self._parameters = parameters_of(self._modules)
         devices = {p.device for p in self._parameters}
@@ -178,6 +169,14 @@ class AccumulatedBackward:
         if scaler is not None:
             # It makes its tensors in the first use, and one that failed there stays half made.
             scaler.scale(torch.zeros((), device=next(model.parameters()).device))
+        self._pass = WeightedPass(
+            model,
+            loss_fn,
+            device=self._device,
+            scaler=scaler,
+            autocast_dtype=autocast_dtype,
+            exact=self._modules if batch_norm == "exact" else (),
+        )
         self._shared: SharedPass | None = None
         if process_group is not None:
             self._shared = SharedPass(
@@ -247,7 +246,8 @@ class AccumulatedBackward:
         try:
             before = self._snapshot(batch)
             with working_onednn():
-                loss = self._run(plan, self._cutting.microbatches(plan, batch)[0])
+                microbatches = self._cutting.microbatches(plan, batch)[0]
+                loss = self._pass(microbatches, split=plan.accumulation_steps > 1)
             before.commit()
             return loss
         except BaseException as error:
@@ -285,31 +285,4 @@ class AccumulatedBackward:
             microbatches, held = self._cutting.microbatches(plan, batch, whole=False)
             if not microbatches:  # the other ranks may have targets
                 return torch.zeros((), device=self._device), 0.0
-            return self._run(plan, microbatches), held
-
-    def _run(self, plan: Plan, microbatches: list[tuple[float, Batch]]) -> torch.Tensor:
-        if plan.accumulation_steps == 1:
-            return self._accumulated(*microbatches[0])
-        total: torch.Tensor | None = None
-        statistics = WholeBatchStatistics(self._modules if self._exact_batch_norm else ())
-        for weight, part in microbatches:
-            with statistics.microbatch():
-                loss = self._accumulated(weight, part)
-            total = loss if total is None else total + loss
-        statistics.write()
-        assert total is not None  # there is at least one target
-        return total
-
-    def _accumulated(self, weight: float, part: Batch) -> torch.Tensor:
-        loss = self._loss(part)
-        if weight != 1.0:
-            loss = loss * weight
-        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
-        return loss.detach()
-
-    def _loss(self, part: Batch) -> torch.Tensor:
-        inputs, targets = part if self._device is None else moved(part, self._device)
-        if self._autocast_dtype is None:
-            return self._loss_fn(call_model(self._model, inputs), targets)
-        with torch.autocast(next(self._model.parameters()).device.type, dtype=self._autocast_dtype):
-            return self._loss_fn(call_model(self._model, inputs), targets)
+            return self._pass(microbatches, split=plan.accumulation_steps > 1), held

@@ -23,6 +23,7 @@ from bs_optuna.training.pass_attempt import Outcome
 from bs_optuna.training.pass_attempt import Report
 from bs_optuna.training.ranks import SharedGradients
 from bs_optuna.training.snapshot import StepSnapshot
+from bs_optuna.training.weighted_pass import widened
 
 
 _logger = logging.getLogger(__name__)
@@ -111,7 +112,8 @@ class SharedPass:
     def _prepare(self, attempt: Attempt) -> None:
         """Allocates and reads all that is needed once the ranks have agreed."""
         assert attempt.loss is not None
-        attempt.loss = attempt.loss.clone()  # the result's own, to be written to
+        # The result's own, to be written to, and of the same type where ranks cut differently.
+        attempt.loss = widened(attempt.loss.clone())
         attempt.loss_value = float(attempt.loss)
         attempt.scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         attempt.trainable = self._gradients.trainable()

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from bs_optuna.errors import TaskError
-from bs_optuna.training.backward import LossFunction
 from bs_optuna.training.cutting import Count
 from bs_optuna.training.cutting import Lengths
 from bs_optuna.training.cutting import Trim
@@ -25,6 +24,7 @@ from bs_optuna.training.data import evaluation_batches
 from bs_optuna.training.data import length
 from bs_optuna.training.recipes import OptimizerFactory
 from bs_optuna.training.recipes import optimizer_factory
+from bs_optuna.training.weighted_pass import LossFunction
 
 
 UNNAMED = "task"

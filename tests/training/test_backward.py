@@ -197,6 +197,23 @@ def test_autocast_runs_model_and_loss_in_the_given_type() -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("microbatch_size", [1, 64, 1024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_loss_of_low_precision_is_summed_in_single(
+    dtype: torch.dtype, microbatch_size: int
+) -> None:
+    model = mlp().to(dtype)
+    inputs, targets = torch.randn(1024, 5).to(dtype), torch.randint(3, (1024,))
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(model(inputs).float(), targets).item()
+    backward = AccumulatedBackward(
+        model, nn.functional.cross_entropy, microbatch_size=microbatch_size
+    )
+    loss = backward(inputs, targets).loss
+    assert loss.item() == pytest.approx(expected, rel=4e-3)  # one rounding to 8 bits
+    assert loss.dtype == (dtype if microbatch_size == 1024 else torch.float32)
+
+
 # --- out of memory ---------------------------------------------------------------------------
 
 
