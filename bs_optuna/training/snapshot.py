@@ -69,6 +69,7 @@ class StepSnapshot:
         """Puts gradients, buffers and random states back to what they were."""
         for leaf, before in zip(self._leaves, self._gradients, strict=True):
             leaf.grad = before
+        self._random.restore()  # first: no buffer that cannot be put back keeps it from that
         with torch.no_grad():
             for saved in self._buffers:
                 saved.restore()
@@ -76,7 +77,6 @@ class StepSnapshot:
         for module, name, _ in _named_buffers(self._modules):
             if (id(module), name) not in known:  # None before the attempt
                 setattr(module, name, None)
-        self._random.restore()
 
     def check_complete(self) -> None:
         """Refuses to go on after ``restore`` where it has not put back everything.
@@ -102,7 +102,7 @@ class _SavedBuffer:
     copy: torch.Tensor
 
     def restore(self) -> None:
-        self.buffer.copy_(self.copy)
+        distinct(self.buffer).copy_(self.copy)
         if getattr(self.module, self.name) is not self.buffer:  # forward put another in its place
             setattr(self.module, self.name, self.buffer)
 
@@ -137,11 +137,18 @@ def _copied_buffers(
     saved = []
     for module, name, buffer in _named_buffers(modules):
         key = (id(module), name)
-        copy = copies.get(key)
-        if copy is None or copy.shape != buffer.shape or copy.dtype != buffer.dtype:
-            copy = copies[key] = torch.empty_like(buffer)
-        saved.append(_SavedBuffer(module, name, buffer, copy.copy_(buffer.detach())))
+        copy, values = copies.get(key), distinct(buffer.detach())
+        if copy is None or copy.shape != values.shape or copy.dtype != values.dtype:
+            copy = copies[key] = torch.empty_like(values)
+        saved.append(_SavedBuffer(module, name, buffer, copy.copy_(values)))
     return saved
+
+
+def distinct(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or of an expanded one a view in which no two elements are the same memory."""
+    if tensor.layout != torch.strided or tensor.is_nested or 0 not in tensor.stride():
+        return tensor
+    return tensor[tuple(slice(None if stride else 1) for stride in tensor.stride())]
 
 
 def _named_buffers(
