@@ -182,6 +182,18 @@ def test_a_step_that_never_fits_on_rank_1_is_taken_by_none(tmp_path: Path) -> No
             assert first["lost"].seconds > 0
 
 
+def test_a_step_that_rank_1_can_do_in_part_is_done_in_that_part_by_both(tmp_path: Path) -> None:
+    first, second = run_ranks(FOLDER / "ranks_errors.py", "half_steps", tmp_path)
+    assert_equal(first["states"], second["states"])
+    for rank, where in ((first, "(rank 1) in its step"), (second, "(cuda) in optimizer.step")):
+        assert rank["message"].startswith(f"StepDoesNotFitError: Out of memory {where}, 2,147,")
+        assert "groups had been stepped and stay so: load your last checkpoint" in rank["message"]
+    (before, _), (after, optimizer) = first["states"][2:4]
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) == (tensor.ndim == 1)
+    assert sorted(int(state["step"]) for state in optimizer["state"].values()) == [2] * 4 + [3] * 2
+
+
 def test_an_overflow_on_rank_1_skips_the_step_of_all(tmp_path: Path) -> None:
     ranks = run_ranks(FOLDER / "ranks_errors.py", "scaled_steps", tmp_path)
     for optimizer in OPTIMIZERS:
