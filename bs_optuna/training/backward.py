@@ -197,14 +197,15 @@ class AccumulatedBackward:
         """Adds the gradient of the whole batch to ``.grad``.
 
         Args:
-            inputs: Any pytree of tensors whose first dimension is the sample.
+            inputs: Any pytree of tensors whose first dimension is the sample. Those that require
+                grad must be leaves, and get it in their ``.grad``.
             targets: Likewise, or None if the loss needs none.
 
         Raises:
             MicrobatchDoesNotFitError: Not even one sample fits; gradients, buffers and random
                 states are as they were before the call.
-            ValueError: The tensors of the batch differ in their number of samples, or there is
-                nothing that a mean could be taken over.
+            ValueError: The tensors of the batch differ in their number of samples, one of them was
+                computed with gradients, or there is nothing that a mean could be taken over.
             TypeError: The batch holds something that cannot be cut into microbatches.
             RanksError: Another rank failed with an error of its own, or the ranks differ.
         """

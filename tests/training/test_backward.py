@@ -233,6 +233,24 @@ def test_what_cannot_be_split_is_refused(
         AccumulatedBackward(mlp(), nn.functional.cross_entropy)(inputs, targets)
 
 
+def test_a_batch_that_was_computed_is_refused_before_anything_runs() -> None:
+    model, source = mlp(), torch.ones(8, 5, dtype=torch.float64, requires_grad=True)
+    computed, targets = source * 2, torch.randint(3, (8,))
+    backward = AccumulatedBackward(model, nn.functional.cross_entropy, microbatch_size=3)
+    with pytest.raises(ValueError, match=r"shape \(8, 5\) that was computed .* x = tensor.detach"):
+        backward(computed, targets)
+    assert source.grad is None
+    assert gradients(model) == []
+    x = computed.detach().requires_grad_()  # what the message says
+    backward(x, targets)
+    computed.backward(x.grad)
+    twin = source.detach().requires_grad_()
+    nn.functional.cross_entropy(model(twin * 2), targets).backward()
+    assert source.grad is not None
+    assert twin.grad is not None
+    assert_close([source.grad], [twin.grad])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
