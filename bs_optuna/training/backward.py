@@ -70,7 +70,8 @@ class AccumulatedBackward:
         model: Called as ``model(inputs)``, ``model(*inputs)`` for a tuple and ``model(**inputs)``
             for a dict. Like an optimizer this looks after the parameters that the model has now.
         loss_fn: Called as ``loss_fn(outputs, targets)``; returns a scalar. Its parameters and
-            buffers are looked after too if it is a module.
+            buffers are looked after too if it is a module. What a function trains that is in
+            neither of them could not be undone, and is refused in the first call.
         microbatch_size: ``"auto"`` starts with the whole batch; a number starts there. The next
             call starts where the last one ended.
         reduction: ``"mean"`` if the loss is a mean over samples or tokens, or ``"sum"``.
@@ -205,7 +206,8 @@ class AccumulatedBackward:
             MicrobatchDoesNotFitError: Not even one sample fits; gradients, buffers and random
                 states are as they were before the call.
             ValueError: The tensors of the batch differ in their number of samples, one of them was
-                computed with gradients, or there is nothing that a mean could be taken over.
+                computed with gradients, there is nothing that a mean could be taken over, or the
+                loss trains a parameter that neither model nor loss function holds.
             TypeError: The batch holds something that cannot be cut into microbatches.
             RanksError: Another rank failed with an error of its own, or the ranks differ.
         """
@@ -248,7 +250,7 @@ class AccumulatedBackward:
             before = self._snapshot(batch)
             with working_onednn():
                 microbatches = self._cutting.microbatches(plan, batch)[0]
-                loss = self._pass(microbatches, split=plan.accumulation_steps > 1)
+                loss = self._pass(microbatches, before, split=plan.accumulation_steps > 1)
             before.commit()
             return loss
         except BaseException as error:
@@ -277,7 +279,9 @@ class AccumulatedBackward:
             foreign=self._foreign,
         )
 
-    def _run_part(self, plan: Plan, batch: Batch) -> tuple[torch.Tensor, float]:
+    def _run_part(
+        self, plan: Plan, batch: Batch, before: StepSnapshot
+    ) -> tuple[torch.Tensor, float]:
         """The loss of one rank's part of the batch, and what its mean is taken over."""
         if not self._warned:  # by the part alone, also where that is not cut
             self._warned = True
@@ -286,4 +290,4 @@ class AccumulatedBackward:
             microbatches, held = self._cutting.microbatches(plan, batch, whole=False)
             if not microbatches:  # the other ranks may have targets
                 return torch.zeros((), device=self._device), 0.0
-            return self._pass(microbatches, split=plan.accumulation_steps > 1), held
+            return self._pass(microbatches, before, split=plan.accumulation_steps > 1), held

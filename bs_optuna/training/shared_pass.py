@@ -29,7 +29,7 @@ from bs_optuna.training.weighted_pass import widened
 _logger = logging.getLogger(__name__)
 
 Snapshot = Callable[[Batch], StepSnapshot]
-Run = Callable[[Plan, Batch], tuple[torch.Tensor, float]]
+Run = Callable[[Plan, Batch, StepSnapshot], tuple[torch.Tensor, float]]
 
 
 class SharedPass:
@@ -101,7 +101,7 @@ class SharedPass:
             elif attempt.plan is None:
                 attempt.plan = attempt.cut(self._limit.value)
             attempt.before = snapshot(batch)
-            attempt.loss, attempt.held = run(attempt.plan, batch)
+            attempt.loss, attempt.held = run(attempt.plan, batch, attempt.before)
             self._prepare(attempt)
             return
         except BaseException as error:

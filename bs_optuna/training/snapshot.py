@@ -55,6 +55,15 @@ class StepSnapshot:
             for leaf in self._leaves:
                 leaf.grad = None
 
+    def looked_after(self) -> set[int]:
+        """The ids of all tensors whose gradients ``restore`` puts back, or that get none."""
+        return {*map(id, self._parameters), *map(id, self._leaves)}
+
+    def look_after(self, leaf: torch.Tensor) -> None:
+        """Puts back the gradient of one more tensor, which has none yet."""
+        self._leaves = [*self._leaves, leaf]
+        self._gradients.append(None)
+
     def commit(self) -> None:
         """Adds the gradients that were there before, which stay as they are for ``restore``."""
         if not self._had_gradients:

@@ -12,7 +12,9 @@ from torch import nn
 from bs_optuna.training.batches import Batch
 from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import moved
+from bs_optuna.training.foreign_leaves import ForeignLeaves
 from bs_optuna.training.normalization import WholeBatchStatistics
+from bs_optuna.training.snapshot import StepSnapshot
 
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
@@ -46,29 +48,37 @@ class WeightedPass:
         self._scaler = scaler
         self._autocast_dtype = autocast_dtype
         self._exact = exact
+        self._foreign = ForeignLeaves()
 
-    def __call__(self, microbatches: list[tuple[float, Batch]], *, split: bool) -> torch.Tensor:
+    def __call__(
+        self, microbatches: list[tuple[float, Batch]], before: StepSnapshot, *, split: bool
+    ) -> torch.Tensor:
         """Adds the gradients up and returns the loss of all, detached.
 
         Args:
             microbatches: Each after its weight.
+            before: What the attempt can be undone by.
             split: Whether they are parts of one batch; then the losses are summed in at least
                 single precision, of which lower ones would lose most.
+
+        Raises:
+            ValueError: The loss trains what ``before`` does not know.
         """
         if not split:
-            return self._accumulated(*microbatches[0])
+            return self._accumulated(*microbatches[0], before)
         total: torch.Tensor | None = None
         statistics = WholeBatchStatistics(self._exact)
         for weight, part in microbatches:
             with statistics.microbatch():
-                loss = widened(self._accumulated(weight, part)) * weight
+                loss = widened(self._accumulated(weight, part, before)) * weight
             total = loss if total is None else total + loss
         statistics.write()
         assert total is not None  # there is at least one target
         return total
 
-    def _accumulated(self, weight: float, part: Batch) -> torch.Tensor:
+    def _accumulated(self, weight: float, part: Batch, before: StepSnapshot) -> torch.Tensor:
         loss = self._loss(part)
+        self._foreign.check(loss, before)
         weighted = loss if weight == 1.0 else loss * weight
         (weighted if self._scaler is None else self._scaler.scale(weighted)).backward()
         return loss.detach()
