@@ -195,7 +195,7 @@ class AccumulatedBackward:
         return None if self._cutting.microbatch_tokens is None else self._limit.value
 
     def __call__(self, inputs: Any, targets: Any = None) -> BackwardResult:
-        """Adds the gradient of the whole batch to ``.grad``.
+        """Adds the gradient of the whole batch to ``.grad``, in the tensors that are there.
 
         Args:
             inputs: Any pytree of tensors whose first dimension is the sample. Those that require
@@ -252,9 +252,11 @@ class AccumulatedBackward:
                 microbatches = self._cutting.microbatches(plan, batch)[0]
                 loss = self._pass(microbatches, before, split=plan.accumulation_steps > 1)
             before.commit()
-            return loss
         except BaseException as error:
             failed = error
+        else:
+            before.finish()
+            return loss
         # Outside the except block: inside, its traceback would keep the activations alive.
         verdict = classify(failed)
         if verdict is None and plan.accumulation_steps > 1 and needs_two_samples(failed):

@@ -130,6 +130,7 @@ class Attempt:
             if leaf.is_leaf and leaf.requires_grad and leaf.grad is not None:
                 leaf.grad.mul_(share)
         self.before.commit()
+        self.before.finish()
 
     def judge(self, error: BaseException) -> None:
         """Says what the error means and undoes the attempt; call it outside the except block."""

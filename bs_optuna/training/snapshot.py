@@ -9,6 +9,7 @@ import random
 from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ from torch import nn
 class StepSnapshot:
     """The state before an attempt; ``commit`` keeps what the attempt did, ``restore`` undoes it.
 
-    Gradients that exist before the step are set aside and added back by ``commit``. The random
+    Gradients that exist before the step are set aside and added back by ``commit``; ``finish`` then
+    leaves the sums in the same tensors, as PyTorch does. The random
     states are those of the CPU, the device of the parameters, and Python and NumPy if asked for; a
     generator that the model keeps for itself is not known here.
 
@@ -71,8 +73,28 @@ class StepSnapshot:
         for leaf, before in zip(self._leaves, self._gradients, strict=True):
             if leaf.grad is None:
                 leaf.grad = before
-            elif before is not None:
+            elif before is None:
+                continue
+            elif leaf.grad.layout == torch.strided or before.layout != torch.strided:
                 leaf.grad.add_(before)
+            else:
+                leaf.grad = before + leaf.grad  # a dense tensor cannot be added to a sparse one
+
+    def finish(self) -> None:
+        """Puts what was committed into the tensors that were there, of which others may hold views.
+
+        There is no ``restore`` after it. A tensor that cannot be written to is replaced.
+        """
+        if not self._had_gradients:
+            return
+        with torch.no_grad():
+            for leaf, before in zip(self._leaves, self._gradients, strict=True):
+                if before is None or leaf.grad is None or leaf.grad is before:
+                    continue
+                strided = before.layout == leaf.grad.layout == torch.strided
+                if strided and before.dtype == leaf.grad.dtype:
+                    with suppress(RuntimeError, MemoryError):  # the sum is right where it is, too
+                        leaf.grad = before.copy_(leaf.grad)
 
     def restore(self) -> None:
         """Puts gradients, buffers and random states back to what they were."""
