@@ -37,6 +37,7 @@ from bs_optuna.training.pass_attempt import BackwardResult
 from bs_optuna.training.ranks import refuse_wrapped
 from bs_optuna.training.shared_pass import SharedPass
 from bs_optuna.training.snapshot import StepSnapshot
+from bs_optuna.training.snapshot import device_of
 from bs_optuna.training.snapshot import draws_foreign
 from bs_optuna.training.snapshot import parameters_of
 from bs_optuna.training.weighted_pass import LossFunction
@@ -169,7 +170,7 @@ class AccumulatedBackward:
         self._buffer_copies: dict[tuple[int, str], torch.Tensor] = {}
         if scaler is not None:
             # It makes its tensors in the first use, and one that failed there stays half made.
-            scaler.scale(torch.zeros((), device=next(model.parameters()).device))
+            scaler.scale(torch.zeros((), device=device_of(*self._modules)))
         self._pass = WeightedPass(
             model,
             loss_fn,

@@ -154,6 +154,12 @@ def parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
     return list({id(p): p for module in modules for p in module.parameters()}.values())
 
 
+def device_of(*parts: object) -> torch.device:
+    """Of the first parameter of those that are modules; the default one where there is none."""
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    return next(iter(parameters_of(modules)), torch.empty(0)).device
+
+
 def _leaves(parameters: Sequence[nn.Parameter], batch: Any) -> Sequence[torch.Tensor]:
     trained = [p for p in parameters if p.requires_grad]
     tensors = [t for t in optree.tree_leaves(batch) if t.requires_grad and t.is_leaf]

@@ -15,6 +15,7 @@ from bs_optuna.training.batches import moved
 from bs_optuna.training.foreign_leaves import ForeignLeaves
 from bs_optuna.training.normalization import WholeBatchStatistics
 from bs_optuna.training.snapshot import StepSnapshot
+from bs_optuna.training.snapshot import device_of
 
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
@@ -47,6 +48,7 @@ class WeightedPass:
         self._device = device
         self._scaler = scaler
         self._autocast_dtype = autocast_dtype
+        self._device_type = device_of(model, loss_fn).type
         self._exact = exact
         self._foreign = ForeignLeaves()
 
@@ -87,7 +89,7 @@ class WeightedPass:
         inputs, targets = part if self._device is None else moved(part, self._device)
         if self._autocast_dtype is None:
             return self._loss_fn(call_model(self._model, inputs), targets)
-        with torch.autocast(next(self._model.parameters()).device.type, dtype=self._autocast_dtype):
+        with torch.autocast(self._device_type, dtype=self._autocast_dtype):
             return self._loss_fn(call_model(self._model, inputs), targets)
 
 

@@ -183,6 +183,23 @@ def test_scaled_gradients_unscale_to_the_plain_ones() -> None:
         torch.testing.assert_close(c, 1024 * b)
 
 
+def test_a_model_without_parameters_may_have_a_loss_with_some() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(5, 3)
+
+        def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.net(outputs), targets)
+
+    loss_fn, scaler = Head(), torch.amp.GradScaler("cpu", init_scale=4.0)
+    backward = AccumulatedBackward(
+        nn.Identity(), loss_fn, microbatch_size=4, scaler=scaler, autocast_dtype=torch.bfloat16
+    )
+    backward(torch.randn(9, 5), torch.randint(3, (9,)))
+    assert len(gradients(loss_fn)) == 2
+
+
 def test_autocast_runs_model_and_loss_in_the_given_type() -> None:
     seen = []
     model = mlp().float()
