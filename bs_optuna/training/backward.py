@@ -82,10 +82,10 @@ class AccumulatedBackward:
         scaler: A ``torch.amp.GradScaler``; the gradients are then scaled by it, and unscaling
             before clipping is the caller's, as always.
         autocast_dtype: Runs model and loss under ``torch.autocast`` with this type.
-        batch_norm: With ``"exact"`` a split batch updates the running statistics of BatchNorm once,
-            to what the values of all its microbatches say together. Within the step each
-            microbatch is still normalized by its own statistics, so gradients, and the values
-            that reach a BatchNorm behind another one, are not those of the whole batch;
+        batch_norm: With ``"exact"`` a split batch updates the running statistics of BatchNorm, and
+            of an InstanceNorm that has some, once, to what all its values say together. Within the
+            step each microbatch is still normalized by its own statistics, so gradients, and the
+            values that reach a BatchNorm behind another one, are not those of the whole batch;
             `convert_batch_norm` takes BatchNorm out altogether.
         microbatch_tokens: For samples that vary in length: the most elements that a microbatch may
             hold, its samples times the longest of them, instead of a number of samples. Samples

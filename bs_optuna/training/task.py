@@ -53,8 +53,8 @@ class TrainingTask:
             of like length go together. See `AccumulatedBackward`.
         trim: With ``lengths``: cuts the padding of a microbatch off, as ``trim(inputs, targets,
             longest)``, which returns both; without it, model and loss must.
-        batch_norm: ``"exact"`` keeps the running statistics of BatchNorm those of the whole batch
-            when memory splits it; see `AccumulatedBackward`.
+        batch_norm: ``"exact"`` keeps the running statistics of BatchNorm and InstanceNorm those of
+            the whole batch when memory splits it; see `AccumulatedBackward`.
         name: Names the study and its file; the command line takes the name of the task's file
             or module where it is left out.
 
