@@ -73,6 +73,8 @@ def test_the_gradient_is_that_of_one_process_with_the_whole_batch(tmp_path: Path
             assert 1 < result.sizes_tried[0] <= budget
     assert_equal(ranks[0]["trained"], ranks[1]["trained"])
     assert_close(ranks[0]["trained"], ranks_batches.trained(None))
+    assert_equal(ranks[0]["bfloat16"], ranks[1]["bfloat16"])
+    assert ranks[0]["bfloat16"].dtype == torch.float32
     y = ranks_batches.sequences("samples")[1]
     y[ranks_batches.PARTS[0] :] = ranks_batches.IGNORED
     assert_equal(ranks[0]["empty"], ranks[1]["empty"])
