@@ -103,12 +103,15 @@ class MicrobatchDoesNotFitError(BsOptunaError, MemoryError):
 
 
 class StepDoesNotFitError(BsOptunaError, MemoryError):
-    """The optimizer's step does not fit into memory; it has left no trace.
+    """The optimizer's step does not fit into memory; it has left no trace, unless partly done.
 
     Attributes:
         bytes_requested: Size in bytes of the allocation that failed last, where it is known.
+        partly: Whether some groups of parameters have been stepped and others not; go on from a
+            checkpoint.
     """
 
-    def __init__(self, message: str, *, bytes_requested: int | None) -> None:
+    def __init__(self, message: str, *, bytes_requested: int | None, partly: bool = False) -> None:
         super().__init__(message)
         self.bytes_requested = bytes_requested
+        self.partly = partly

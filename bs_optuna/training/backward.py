@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 from typing import Literal
 
@@ -19,15 +18,12 @@ from torch import nn
 from bs_optuna.science.regrowth import MicrobatchLimit
 from bs_optuna.science.regrowth import Smaller
 from bs_optuna.training.batches import Batch
-from bs_optuna.training.batches import call_model
-from bs_optuna.training.batches import moved
 from bs_optuna.training.cutting import Count
 from bs_optuna.training.cutting import Cutting
 from bs_optuna.training.cutting import Lengths
 from bs_optuna.training.cutting import Plan
 from bs_optuna.training.cutting import Trim
 from bs_optuna.training.lost import Lost
-from bs_optuna.training.normalization import WholeBatchStatistics
 from bs_optuna.training.normalization import needs_two_samples
 from bs_optuna.training.normalization import warn_of_split
 from bs_optuna.training.onednn import give_up_onednn
@@ -41,13 +37,14 @@ from bs_optuna.training.pass_attempt import BackwardResult
 from bs_optuna.training.ranks import refuse_wrapped
 from bs_optuna.training.shared_pass import SharedPass
 from bs_optuna.training.snapshot import StepSnapshot
+from bs_optuna.training.snapshot import device_of
 from bs_optuna.training.snapshot import draws_foreign
 from bs_optuna.training.snapshot import parameters_of
+from bs_optuna.training.weighted_pass import LossFunction
+from bs_optuna.training.weighted_pass import WeightedPass
 
 
 _logger = logging.getLogger(__name__)
-
-LossFunction = Callable[[Any, Any], torch.Tensor]
 
 
 class AccumulatedBackward:
@@ -74,7 +71,8 @@ class AccumulatedBackward:
         model: Called as ``model(inputs)``, ``model(*inputs)`` for a tuple and ``model(**inputs)``
             for a dict. Like an optimizer this looks after the parameters that the model has now.
         loss_fn: Called as ``loss_fn(outputs, targets)``; returns a scalar. Its parameters and
-            buffers are looked after too if it is a module.
+            buffers are looked after too if it is a module. What a function trains that is in
+            neither of them could not be undone, and is refused in the first call.
         microbatch_size: ``"auto"`` starts with the whole batch; a number starts there. The next
             call starts where the last one ended.
         reduction: ``"mean"`` if the loss is a mean over samples or tokens, or ``"sum"``.
@@ -84,10 +82,10 @@ class AccumulatedBackward:
         scaler: A ``torch.amp.GradScaler``; the gradients are then scaled by it, and unscaling
             before clipping is the caller's, as always.
         autocast_dtype: Runs model and loss under ``torch.autocast`` with this type.
-        batch_norm: With ``"exact"`` a split batch updates the running statistics of BatchNorm once,
-            to what the values of all its microbatches say together. Within the step each
-            microbatch is still normalized by its own statistics, so gradients, and the values
-            that reach a BatchNorm behind another one, are not those of the whole batch;
+        batch_norm: With ``"exact"`` a split batch updates the running statistics of BatchNorm, and
+            of an InstanceNorm that has some, once, to what all its values say together. Within the
+            step each microbatch is still normalized by its own statistics, so gradients, and the
+            values that reach a BatchNorm behind another one, are not those of the whole batch;
             `convert_batch_norm` takes BatchNorm out altogether.
         microbatch_tokens: For samples that vary in length: the most elements that a microbatch may
             hold, its samples times the longest of them, instead of a number of samples. Samples
@@ -153,8 +151,6 @@ class AccumulatedBackward:
         refuse_wrapped(model)
         self.lost = Lost()
         self._modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
-        self._model = model
-        self._loss_fn = loss_fn
         self._cutting = Cutting(
             reduction=reduction,
             count=count,
@@ -164,10 +160,7 @@ class AccumulatedBackward:
         )
         most = microbatch_tokens if microbatch_size == "auto" else microbatch_size
         self._limit = MicrobatchLimit(most, regrow_after=regrow_after, smaller=smaller)
-        self._scaler = scaler
-        self._autocast_dtype = autocast_dtype
-        self._exact_batch_norm = batch_norm == "exact"
-        self._warned = self._exact_batch_norm  # that microbatches change BatchNorm
+        self._warned = batch_norm == "exact"  # that microbatches change BatchNorm
         self._parts = list({id(m): m for root in self._modules for m in root.modules()}.values())
         self._parameters = parameters_of(self._modules)
         devices = {p.device for p in self._parameters}
@@ -177,7 +170,15 @@ class AccumulatedBackward:
         self._buffer_copies: dict[tuple[int, str], torch.Tensor] = {}
         if scaler is not None:
             # It makes its tensors in the first use, and one that failed there stays half made.
-            scaler.scale(torch.zeros((), device=next(model.parameters()).device))
+            scaler.scale(torch.zeros((), device=device_of(*self._modules)))
+        self._pass = WeightedPass(
+            model,
+            loss_fn,
+            device=self._device,
+            scaler=scaler,
+            autocast_dtype=autocast_dtype,
+            exact=self._modules if batch_norm == "exact" else (),
+        )
         self._shared: SharedPass | None = None
         if process_group is not None:
             self._shared = SharedPass(
@@ -195,17 +196,19 @@ class AccumulatedBackward:
         return None if self._cutting.microbatch_tokens is None else self._limit.value
 
     def __call__(self, inputs: Any, targets: Any = None) -> BackwardResult:
-        """Adds the gradient of the whole batch to ``.grad``.
+        """Adds the gradient of the whole batch to ``.grad``, in the tensors that are there.
 
         Args:
-            inputs: Any pytree of tensors whose first dimension is the sample.
+            inputs: Any pytree of tensors whose first dimension is the sample. Those that require
+                grad must be leaves, and get it in their ``.grad``.
             targets: Likewise, or None if the loss needs none.
 
         Raises:
             MicrobatchDoesNotFitError: Not even one sample fits; gradients, buffers and random
                 states are as they were before the call.
-            ValueError: The tensors of the batch differ in their number of samples, or there is
-                nothing that a mean could be taken over.
+            ValueError: The tensors of the batch differ in their number of samples, one of them was
+                computed with gradients, there is nothing that a mean could be taken over, or the
+                loss trains a parameter that neither model nor loss function holds.
             TypeError: The batch holds something that cannot be cut into microbatches.
             RanksError: Another rank failed with an error of its own, or the ranks differ.
         """
@@ -247,11 +250,14 @@ class AccumulatedBackward:
         try:
             before = self._snapshot(batch)
             with working_onednn():
-                loss = self._run(plan, self._cutting.microbatches(plan, batch)[0])
+                microbatches = self._cutting.microbatches(plan, batch)[0]
+                loss = self._pass(microbatches, before, split=plan.accumulation_steps > 1)
             before.commit()
-            return loss
         except BaseException as error:
             failed = error
+        else:
+            before.finish()
+            return loss
         # Outside the except block: inside, its traceback would keep the activations alive.
         verdict = classify(failed)
         if verdict is None and plan.accumulation_steps > 1 and needs_two_samples(failed):
@@ -276,7 +282,9 @@ class AccumulatedBackward:
             foreign=self._foreign,
         )
 
-    def _run_part(self, plan: Plan, batch: Batch) -> tuple[torch.Tensor, float]:
+    def _run_part(
+        self, plan: Plan, batch: Batch, before: StepSnapshot
+    ) -> tuple[torch.Tensor, float]:
         """The loss of one rank's part of the batch, and what its mean is taken over."""
         if not self._warned:  # by the part alone, also where that is not cut
             self._warned = True
@@ -285,31 +293,4 @@ class AccumulatedBackward:
             microbatches, held = self._cutting.microbatches(plan, batch, whole=False)
             if not microbatches:  # the other ranks may have targets
                 return torch.zeros((), device=self._device), 0.0
-            return self._run(plan, microbatches), held
-
-    def _run(self, plan: Plan, microbatches: list[tuple[float, Batch]]) -> torch.Tensor:
-        if plan.accumulation_steps == 1:
-            return self._accumulated(*microbatches[0])
-        total: torch.Tensor | None = None
-        statistics = WholeBatchStatistics(self._modules if self._exact_batch_norm else ())
-        for weight, part in microbatches:
-            with statistics.microbatch():
-                loss = self._accumulated(weight, part)
-            total = loss if total is None else total + loss
-        statistics.write()
-        assert total is not None  # there is at least one target
-        return total
-
-    def _accumulated(self, weight: float, part: Batch) -> torch.Tensor:
-        loss = self._loss(part)
-        if weight != 1.0:
-            loss = loss * weight
-        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
-        return loss.detach()
-
-    def _loss(self, part: Batch) -> torch.Tensor:
-        inputs, targets = part if self._device is None else moved(part, self._device)
-        if self._autocast_dtype is None:
-            return self._loss_fn(call_model(self._model, inputs), targets)
-        with torch.autocast(next(self._model.parameters()).device.type, dtype=self._autocast_dtype):
-            return self._loss_fn(call_model(self._model, inputs), targets)
+            return self._pass(microbatches, before, split=plan.accumulation_steps > 1), held

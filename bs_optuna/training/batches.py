@@ -58,3 +58,19 @@ def batch_length(batch: Any) -> int:
             "all must hold the same number, at least 1."
         )
     return lengths.pop()
+
+
+def refuse_computed(batch: Any) -> None:
+    """Refuses tensors that have a history, which one backward of several would use up.
+
+    Raises:
+        ValueError: A tensor requires grad and is no leaf.
+    """
+    for leaf in optree.tree_leaves(batch):
+        if leaf.requires_grad and not leaf.is_leaf:
+            raise ValueError(
+                f"The batch holds a tensor of shape {tuple(leaf.shape)} that was computed with "
+                "gradients; a batch in parts would go back through that more than once. Put what "
+                "computed it into the model, or pass x = tensor.detach().requires_grad_() and then "
+                "call tensor.backward(x.grad)."
+            )

@@ -15,6 +15,7 @@ from bs_optuna.science.accumulation import TokenPlan
 from bs_optuna.science.accumulation import weights
 from bs_optuna.training.batches import Batch
 from bs_optuna.training.batches import batch_length
+from bs_optuna.training.batches import refuse_computed
 from bs_optuna.training.batches import take
 
 
@@ -54,8 +55,14 @@ class Cutting:
         return "microbatch_size" if self.microbatch_tokens is None else "microbatch_tokens"
 
     def plans(self, batch: Batch) -> Callable[[int | None], Plan]:
-        """The cut of a batch for each limit."""
+        """The cut of a batch for each limit.
+
+        Raises:
+            ValueError: The tensors differ in their number of samples, or were computed.
+            TypeError: Something is no tensor with samples.
+        """
         samples = batch_length(batch)
+        refuse_computed(batch)
         if self.microbatch_tokens is None:
             return lambda limit: AccumulationPlan.within(samples, limit)
         lengths = self._lengths(batch, samples)

@@ -23,6 +23,7 @@ from bs_optuna.training.oom import OutOfMemory
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
+from bs_optuna.training.snapshot import device_of
 from bs_optuna.training.task import TrainingTask
 
 
@@ -101,7 +102,7 @@ class Evaluation:
 
     def _means(self, model: nn.Module, data: Data) -> dict[str, float]:
         functions = {"loss": self._task.loss, **self._task.metrics}
-        device = next(model.parameters()).device
+        device = device_of(model, self._task.loss)
         sums = dict.fromkeys(functions, 0.0)
         total = 0.0
         for batch in evaluation_batches(data, batch_size=self.batch_size):

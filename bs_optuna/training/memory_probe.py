@@ -7,6 +7,7 @@ rounds and fragments.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 import weakref
@@ -16,6 +17,7 @@ from typing import Any
 
 import optree
 import torch
+from torch import nn
 
 # No public way leads to these two; tests/training/test_memory_probe.py says first when they go.
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,8 +30,10 @@ from bs_optuna.training.batches import moved
 from bs_optuna.training.batches import take
 from bs_optuna.training.data import first_samples
 from bs_optuna.training.recipes import optimizer_factory
+from bs_optuna.training.snapshot import parameters_of
 from bs_optuna.training.stepping import GuardedStep
 from bs_optuna.training.task import TrainingTask
+from bs_optuna.training.weighted_pass import LossFunction
 
 
 # A single sample is counted as two, because BatchNorm refuses it.
@@ -67,10 +71,15 @@ class MemoryProbe:
             self._batch = _repeated(sample, batch_size)
             with self._device:  # a fake module cannot be moved once it is made
                 self._model = task.model().train()
+            fake = _fake_tensors(task.loss, self._device)
+        # As a trial copies it; outside, because its own tensors that are no buffers are constants.
+        self._loss = copy.deepcopy(task.loss, fake) if fake else task.loss
+        with self._tracing():
+            modules = [m for m in (self._model, self._loss) if isinstance(m, nn.Module)]
             # AccumulatedBackward keeps a copy of each buffer, to undo a failed attempt.
-            self._copies = [buffer.clone() for buffer in self._model.buffers()]
+            self._copies = [buffer.clone() for m in modules for buffer in m.buffers()]
             make_optimizer = optimizer_factory(task.optimizer)
-            self._update = GuardedStep(make_optimizer(self._model.parameters(), 1e-3))
+            self._update = GuardedStep(make_optimizer(parameters_of(modules), 1e-3))
         self._batch_size = batch_size
         self._least = min(FEWEST_SAMPLES, batch_size)
         self._first_bytes = self._step(self._least)
@@ -90,7 +99,7 @@ class MemoryProbe:
             self._storages.peak = self._storages.live
             inputs, targets = moved(_repeated(self._batch, size), self._device)
             outputs = call_model(self._model.eval(), inputs)
-            for function in (self._task.loss, *self._task.metrics.values()):
+            for function in (self._loss, *self._task.metrics.values()):
                 function(outputs, targets)
             self._model.train()
         return self._storages.peak
@@ -131,8 +140,18 @@ class MemoryProbe:
 
     def _backward(self, part: Any) -> None:
         inputs, targets = moved(part, self._device)
-        loss = self._task.loss(call_model(self._model, inputs), targets)
+        loss = self._loss(call_model(self._model, inputs), targets)
         (loss * 0.5).backward()
+
+
+def _fake_tensors(loss: LossFunction, device: torch.device) -> dict[int, Any]:
+    """What stands for each parameter and buffer of a loss in a copy of it, by their ids."""
+    if not isinstance(loss, nn.Module):
+        return {}
+    fake: dict[int, Any] = {id(b): torch.empty_like(b, device=device) for b in loss.buffers()}
+    for p in loss.parameters():
+        fake[id(p)] = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
+    return fake
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""BatchNorm in microbatches: the running statistics of the whole batch, or GroupNorm in its place.
+"""Norms in microbatches: running statistics of the whole batch, or GroupNorm for BatchNorm.
 
 n: values of a channel in a batch, samples times positions; m: their mean; s: the sum of their
 squared differences from m.
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from torch import nn
 
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
 # Wu and He, Group Normalization (2018), section 4.1.
 GROUPS = 32
 
@@ -54,7 +56,7 @@ def convert_batch_norm(model: nn.Module) -> nn.Module:
 def warn_of_split(
     modules: Sequence[nn.Module], microbatch_size: int, batch_size: int | None, *, stacklevel: int
 ) -> None:
-    """Warns if a BatchNorm in training mode would normalize each microbatch by itself.
+    """Warns if a norm in training mode would take each microbatch for a batch of its own.
 
     Args:
         modules: What is trained.
@@ -62,7 +64,7 @@ def warn_of_split(
         batch_size: Samples in the batch; None where other ranks hold some of it.
         stacklevel: As in ``warnings.warn``, seen from the caller.
     """
-    parts = (part for root in modules for part in root.modules())
+    parts = [part for root in modules for part in root.modules()]
     if any(isinstance(p, (*_BATCH_NORMS, nn.SyncBatchNorm)) and p.training for p in parts):
         whole = "the whole batch" if batch_size is None else f"the batch of {batch_size}"
         warnings.warn(
@@ -70,6 +72,12 @@ def warn_of_split(
             f"own statistics instead of those of {whole}. Replace it "
             "before training with bs_optuna.training.convert_batch_norm(model), or pass "
             "batch_norm='exact' to keep at least its running statistics those of the batch.",
+            stacklevel=stacklevel + 1,
+        )
+    elif any(isinstance(p, _InstanceNorm) and p.training and p.track_running_stats for p in parts):
+        warnings.warn(
+            f"InstanceNorm updates its running statistics once for each microbatch of "
+            f"{microbatch_size} samples; pass batch_norm='exact' for once a batch.",
             stacklevel=stacklevel + 1,
         )
 
@@ -80,10 +88,10 @@ def needs_two_samples(error: BaseException) -> bool:
 
 
 class WholeBatchStatistics:
-    """Running statistics of BatchNorm as one update by the whole batch would leave them.
+    """Running statistics of BatchNorm and InstanceNorm as one update by the whole batch would be.
 
     Args:
-        modules: Those whose BatchNorm layers, in training mode, are looked after.
+        modules: Those whose layers that track, in training mode, are looked after.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -91,7 +99,9 @@ class WholeBatchStatistics:
             id(layer): layer
             for root in modules
             for layer in root.modules()
-            if isinstance(layer, _BATCH_NORMS) and layer.training and layer.running_mean is not None
+            if isinstance(layer, (*_BATCH_NORMS, _InstanceNorm))
+            and layer.training
+            and layer.running_mean is not None
         }
         self._layers = [_Pooled(layer) for layer in layers.values()]
 
@@ -123,11 +133,29 @@ class _Moments:
         squares = self.squares + other.squares + difference**2 * (self.n * other.n / n)
         return _Moments(n, self.mean + difference * (other.n / n), squares)
 
+    @property
+    def variance(self) -> torch.Tensor:
+        return self.squares / (self.n - 1)
+
+
+@dataclass(frozen=True)
+class _Averages:
+    """Of what InstanceNorm computes for each of n samples."""
+
+    n: int
+    mean: torch.Tensor
+    variance: torch.Tensor
+
+    def merged(self, other: _Averages) -> _Averages:
+        n = self.n + other.n
+        mean = torch.lerp(self.mean, other.mean, other.n / n)
+        return _Averages(n, mean, torch.lerp(self.variance, other.variance, other.n / n))
+
 
 class _Pooled:
     """The moments of one layer over the microbatches, for each time that it is called in one."""
 
-    def __init__(self, layer: _BatchNorm) -> None:
+    def __init__(self, layer: _BatchNorm | _InstanceNorm) -> None:
         mean, variance, updates = layer.running_mean, layer.running_var, layer.num_batches_tracked
         assert mean is not None  # a layer that tracks has all three
         assert variance is not None
@@ -135,14 +163,15 @@ class _Pooled:
         self._layer = layer
         self._running = (mean, variance, updates)
         self._before = (mean.clone(), variance.clone(), updates.clone())
-        self._calls: list[_Moments] = []
+        self._by_sample = isinstance(layer, _InstanceNorm)
+        self._calls: list[Any] = []  # of either kind
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         layer, momentum, numbers = self._layer, self._layer.momentum, itertools.count()
 
         def record(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
-            self._record(next(numbers), output.numel() // output.shape[1])
+            self._record(next(numbers), output)
 
         handle = layer.register_forward_hook(record)
         layer.momentum = 1.0  # the running statistics are then those of the last call alone
@@ -152,9 +181,14 @@ class _Pooled:
             layer.momentum = momentum
             handle.remove()
 
-    def _record(self, number: int, n: int) -> None:
+    def _record(self, number: int, output: torch.Tensor) -> None:
         mean, variance, _ = self._running
-        moments = _Moments(n, mean.clone(), variance * (n - 1))  # the variance is the unbiased one
+        moments: _Moments | _Averages
+        if self._by_sample:
+            moments = _Averages(len(output), mean.clone(), variance.clone())
+        else:
+            n = output.numel() // output.shape[1]
+            moments = _Moments(n, mean.clone(), variance * (n - 1))  # that is the unbiased one
         if number == len(self._calls):
             self._calls.append(moments)
         else:
@@ -163,11 +197,14 @@ class _Pooled:
     def write(self) -> None:
         mean, variance, updates = self._before
         for moments in self._calls:
-            updates = updates + 1
-            momentum = self._layer.momentum  # None is the mean over all updates
-            factor = 1.0 / float(updates) if momentum is None else momentum
+            momentum = self._layer.momentum
+            if not self._by_sample:
+                updates = updates + 1
+                if momentum is None:  # the mean over all updates
+                    momentum = 1.0 / float(updates)
+            factor = momentum or 0.0  # InstanceNorm counts none, and with None keeps what it has
             mean = torch.lerp(mean, moments.mean, factor)
-            variance = torch.lerp(variance, moments.squares / (moments.n - 1), factor)
+            variance = torch.lerp(variance, moments.variance, factor)
         for buffer, value in zip(self._running, (mean, variance, updates), strict=True):
             buffer.copy_(value)
 

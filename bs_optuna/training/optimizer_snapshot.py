@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import optree
 import torch
 
 from bs_optuna.training.snapshot import RandomStates
-
-
-_Copies = list[tuple[list[torch.Tensor], Iterable[torch.Tensor]]]
 
 
 class OptimizerSnapshot:
@@ -42,14 +40,15 @@ class OptimizerSnapshot:
             tensors = [t for t in tensors if t.numel() == 1]
         else:
             tensors += parameters
-        copies = [_copy(t, "cpu" if on_host else t.device) for t in tensors]
-        self._copies: _Copies = [(tensors, copies)]
+        self._copies = [(t, _copy(t, "cpu" if on_host else t.device)) for t in tensors]
         # Nothing is drawn by those that step in place.
         self._random = None if in_place else RandomStates({p.device.type for p in parameters})
 
     def restore(self) -> None:
         """Puts back what was copied; large tensors that step in place are not."""
-        _write_back(self._copies)
+        with torch.no_grad():
+            for tensor, copy in self._copies:
+                tensor.copy_(copy)
         state = self._optimizer.state
         state.clear()
         state.update(self._state)
@@ -68,18 +67,27 @@ class CounterSnapshot:
 
     Args:
         optimizer: About to step.
+        done: Groups that it will have stepped when it fails; their counters stay as they are.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, done: Sequence[Mapping[str, Any]]) -> None:
         counters = defaultdict(list)
-        for entry in optimizer.state.values():
+        for p, entry in optimizer.state.items():
             if (step := entry.get("step")) is not None:
-                counters[step.device].append(step)
-        self._copies: _Copies = [(same, torch.stack(same)) for same in counters.values()]
+                counters[step.device].append((p, step))
+        self._counters = [
+            (same, torch.stack([step for _, step in same])) for same in counters.values()
+        ]
+        self._done = done
 
     def restore(self) -> None:
-        """Puts the counters back."""
-        _write_back(self._copies)
+        """Puts back the counters of all parameters that have not been stepped."""
+        stepped = {id(p) for group in self._done for p in group["params"]}
+        with torch.no_grad():
+            for counters, copies in self._counters:
+                for (p, step), copy in zip(counters, copies, strict=True):
+                    if id(p) not in stepped:
+                        step.copy_(copy)
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
@@ -92,10 +100,3 @@ def _copy(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 def _containers_copied(tree: Any) -> Any:
     return optree.tree_map(lambda leaf: leaf, tree)
-
-
-def _write_back(copies: _Copies) -> None:
-    with torch.no_grad():
-        for tensors, copied in copies:
-            for tensor, copy in zip(tensors, copied, strict=True):
-                tensor.copy_(copy)

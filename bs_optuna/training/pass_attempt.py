@@ -35,7 +35,9 @@ class BackwardResult:
     """What one call of AccumulatedBackward did.
 
     Attributes:
-        loss: Loss of the whole batch, a detached scalar on the device of the loss.
+        loss: Loss of the whole batch, a detached scalar on the device of the loss. It is of the
+            loss's own type where the batch was not split; the losses of several microbatches or
+            ranks are summed in at least single precision.
         batch_size: Samples in the batch, over all ranks.
         microbatch_size: Samples in the largest microbatch that was run, on any rank.
         accumulation_steps: Microbatches that the batch was cut into, or the largest part of it
@@ -128,6 +130,7 @@ class Attempt:
             if leaf.is_leaf and leaf.requires_grad and leaf.grad is not None:
                 leaf.grad.mul_(share)
         self.before.commit()
+        self.before.finish()
 
     def judge(self, error: BaseException) -> None:
         """Says what the error means and undoes the attempt; call it outside the except block."""

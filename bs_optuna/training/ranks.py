@@ -17,6 +17,7 @@ from torch import nn
 
 from bs_optuna.errors import ConfigError
 from bs_optuna.errors import RanksError
+from bs_optuna.training.snapshot import distinct
 
 
 # DistributedDataParallel's size: large enough that latency does not matter.
@@ -101,7 +102,7 @@ class Ranks:
     def take_from(self, rank: int, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrites tensors by those of one rank."""
         source = dist.get_global_rank(self._group, rank)
-        for tensor in map(_distinct, tensors):
+        for tensor in (distinct(t.detach()) for t in tensors):
             flat = _in_memory_order(tensor) if _is_dense(tensor) else tensor.reshape(-1)
             if flat.numel():  # as bytes: not every backend knows every type
                 dist.broadcast(flat.view(torch.uint8), source, group=self._group)
@@ -254,11 +255,6 @@ def _refuse_collectives(module: nn.Module) -> None:
 
 def _kind(tensor: torch.Tensor) -> tuple[torch.device, torch.dtype]:
     return tensor.device, tensor.dtype
-
-
-def _distinct(tensor: torch.Tensor) -> torch.Tensor:
-    """A view of an expanded tensor in which no two elements are the same memory."""
-    return tensor.detach()[tuple(slice(None if stride else 1) for stride in tensor.stride())]
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

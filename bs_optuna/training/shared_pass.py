@@ -23,12 +23,13 @@ from bs_optuna.training.pass_attempt import Outcome
 from bs_optuna.training.pass_attempt import Report
 from bs_optuna.training.ranks import SharedGradients
 from bs_optuna.training.snapshot import StepSnapshot
+from bs_optuna.training.weighted_pass import widened
 
 
 _logger = logging.getLogger(__name__)
 
 Snapshot = Callable[[Batch], StepSnapshot]
-Run = Callable[[Plan, Batch], tuple[torch.Tensor, float]]
+Run = Callable[[Plan, Batch, StepSnapshot], tuple[torch.Tensor, float]]
 
 
 class SharedPass:
@@ -100,7 +101,7 @@ class SharedPass:
             elif attempt.plan is None:
                 attempt.plan = attempt.cut(self._limit.value)
             attempt.before = snapshot(batch)
-            attempt.loss, attempt.held = run(attempt.plan, batch)
+            attempt.loss, attempt.held = run(attempt.plan, batch, attempt.before)
             self._prepare(attempt)
             return
         except BaseException as error:
@@ -111,7 +112,8 @@ class SharedPass:
     def _prepare(self, attempt: Attempt) -> None:
         """Allocates and reads all that is needed once the ranks have agreed."""
         assert attempt.loss is not None
-        attempt.loss = attempt.loss.clone()  # the result's own, to be written to
+        # The result's own, to be written to, and of the same type where ranks cut differently.
+        attempt.loss = widened(attempt.loss.clone())
         attempt.loss_value = float(attempt.loss)
         attempt.scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         attempt.trainable = self._gradients.trainable()

@@ -9,6 +9,7 @@ import random
 from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ from torch import nn
 class StepSnapshot:
     """The state before an attempt; ``commit`` keeps what the attempt did, ``restore`` undoes it.
 
-    Gradients that exist before the step are set aside and added back by ``commit``. The random
+    Gradients that exist before the step are set aside and added back by ``commit``; ``finish`` then
+    leaves the sums in the same tensors, as PyTorch does. The random
     states are those of the CPU, the device of the parameters, and Python and NumPy if asked for; a
     generator that the model keeps for itself is not known here.
 
@@ -55,6 +57,15 @@ class StepSnapshot:
             for leaf in self._leaves:
                 leaf.grad = None
 
+    def looked_after(self) -> set[int]:
+        """The ids of all tensors whose gradients ``restore`` puts back, or that get none."""
+        return {*map(id, self._parameters), *map(id, self._leaves)}
+
+    def look_after(self, leaf: torch.Tensor) -> None:
+        """Puts back the gradient of one more tensor, which has none yet."""
+        self._leaves = [*self._leaves, leaf]
+        self._gradients.append(None)
+
     def commit(self) -> None:
         """Adds the gradients that were there before, which stay as they are for ``restore``."""
         if not self._had_gradients:
@@ -62,13 +73,34 @@ class StepSnapshot:
         for leaf, before in zip(self._leaves, self._gradients, strict=True):
             if leaf.grad is None:
                 leaf.grad = before
-            elif before is not None:
+            elif before is None:
+                continue
+            elif leaf.grad.layout == torch.strided or before.layout != torch.strided:
                 leaf.grad.add_(before)
+            else:
+                leaf.grad = before + leaf.grad  # a dense tensor cannot be added to a sparse one
+
+    def finish(self) -> None:
+        """Puts what was committed into the tensors that were there, of which others may hold views.
+
+        There is no ``restore`` after it. A tensor that cannot be written to is replaced.
+        """
+        if not self._had_gradients:
+            return
+        with torch.no_grad():
+            for leaf, before in zip(self._leaves, self._gradients, strict=True):
+                if before is None or leaf.grad is None or leaf.grad is before:
+                    continue
+                strided = before.layout == leaf.grad.layout == torch.strided
+                if strided and before.dtype == leaf.grad.dtype:
+                    with suppress(RuntimeError, MemoryError):  # the sum is right where it is, too
+                        leaf.grad = before.copy_(leaf.grad)
 
     def restore(self) -> None:
         """Puts gradients, buffers and random states back to what they were."""
         for leaf, before in zip(self._leaves, self._gradients, strict=True):
             leaf.grad = before
+        self._random.restore()  # first: no buffer that cannot be put back keeps it from that
         with torch.no_grad():
             for saved in self._buffers:
                 saved.restore()
@@ -76,7 +108,6 @@ class StepSnapshot:
         for module, name, _ in _named_buffers(self._modules):
             if (id(module), name) not in known:  # None before the attempt
                 setattr(module, name, None)
-        self._random.restore()
 
     def check_complete(self) -> None:
         """Refuses to go on after ``restore`` where it has not put back everything.
@@ -102,7 +133,7 @@ class _SavedBuffer:
     copy: torch.Tensor
 
     def restore(self) -> None:
-        self.buffer.copy_(self.copy)
+        distinct(self.buffer).copy_(self.copy)
         if getattr(self.module, self.name) is not self.buffer:  # forward put another in its place
             setattr(self.module, self.name, self.buffer)
 
@@ -123,6 +154,12 @@ def parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
     return list({id(p): p for module in modules for p in module.parameters()}.values())
 
 
+def device_of(*parts: object) -> torch.device:
+    """Of the first parameter of those that are modules; the default one where there is none."""
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    return next(iter(parameters_of(modules)), torch.empty(0)).device
+
+
 def _leaves(parameters: Sequence[nn.Parameter], batch: Any) -> Sequence[torch.Tensor]:
     trained = [p for p in parameters if p.requires_grad]
     tensors = [t for t in optree.tree_leaves(batch) if t.requires_grad and t.is_leaf]
@@ -137,11 +174,18 @@ def _copied_buffers(
     saved = []
     for module, name, buffer in _named_buffers(modules):
         key = (id(module), name)
-        copy = copies.get(key)
-        if copy is None or copy.shape != buffer.shape or copy.dtype != buffer.dtype:
-            copy = copies[key] = torch.empty_like(buffer)
-        saved.append(_SavedBuffer(module, name, buffer, copy.copy_(buffer.detach())))
+        copy, values = copies.get(key), distinct(buffer.detach())
+        if copy is None or copy.shape != values.shape or copy.dtype != values.dtype:
+            copy = copies[key] = torch.empty_like(values)
+        saved.append(_SavedBuffer(module, name, buffer, copy.copy_(values)))
     return saved
+
+
+def distinct(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or of an expanded one a view in which no two elements are the same memory."""
+    if tensor.layout != torch.strided or tensor.is_nested or 0 not in tensor.stride():
+        return tensor
+    return tensor[tuple(slice(None if stride else 1) for stride in tensor.stride())]
 
 
 def _named_buffers(

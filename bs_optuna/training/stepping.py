@@ -1,4 +1,4 @@
-"""GuardedStep: an optimizer's step that either happens or leaves no trace, and is tried again."""
+"""GuardedStep: an optimizer's step, which is undone and tried again when memory runs out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bs_optuna.errors import RanksError
-from bs_optuna.errors import StepDoesNotFitError
 from bs_optuna.training.fusing import fused
 from bs_optuna.training.fusing import steps_fused
 from bs_optuna.training.lost import Lost
@@ -25,15 +24,19 @@ from bs_optuna.training.oom import release
 from bs_optuna.training.optimizer_snapshot import CounterSnapshot
 from bs_optuna.training.optimizer_snapshot import OptimizerSnapshot
 from bs_optuna.training.ranks import Ranks
+from bs_optuna.training.step_groups import StepGroups
+from bs_optuna.training.step_outcome import DOES_NOT_FIT
+from bs_optuna.training.step_outcome import DONE
+from bs_optuna.training.step_outcome import PARTLY
+from bs_optuna.training.step_outcome import does_not_fit
+from bs_optuna.training.step_outcome import elsewhere
+from bs_optuna.training.step_outcome import report
 
 
 _logger = logging.getLogger(__name__)
 
 # No microbatch is at work in a step: only what empties in between can help, and that helps once.
 ATTEMPTS = 3
-
-# How a rank's step ended; of several ranks the worst counts.
-_DONE, _DOES_NOT_FIT, _ERROR = 0.0, 1.0, 2.0
 
 # Fused, these create their state and then change all tensors of a group in one operation that
 # allocates nothing: whatever fails, fails before a parameter was touched.
@@ -51,12 +54,14 @@ class GuardedStep:
     given back to the device, and the step is done again, up to three times in all.
 
     What it costs depends on the optimizer. Adam, AdamW, SGD and Adagrad with ``fused=True`` cannot
-    stop in the middle, so only the step counters are copied: microseconds. On a CPU an Adam, AdamW
-    or SGD for which neither ``fused`` nor ``foreach`` was chosen steps fused here wherever that is
-    the same but for rounding (see `steps_fused`). Any other optimizer, and every one with a scaler,
-    has its parameters and state copied for the length of each step, on their device, or in the
-    host's memory once the device had no room for that. The same goes for the first step of a fused
-    one with several groups, devices or types of parameters.
+    stop in the middle of a group, so only the step counters are copied: microseconds. A group that
+    was stepped before another one failed stays so, and is left out when the step is tried again;
+    only if that never fits is there a trace of it, which the error says. On a CPU an Adam, AdamW or
+    SGD for which neither ``fused`` nor ``foreach`` was chosen steps fused here wherever that is the
+    same but for rounding (see `steps_fused`). Any other optimizer, and every one with a scaler, has
+    its parameters and state copied for the length of each step, on their device, or in the host's
+    memory once the device had no room for that. The same goes for the first step of a fused one
+    with several groups, and for each step of one with several devices or types in a group.
 
     Not looked after: attributes of an optimizer other than ``state`` and ``param_groups``, and what
     hooks on its step do.
@@ -97,6 +102,7 @@ class GuardedStep:
         self._max_norm = max_norm
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._kept: _Snapshot | None = None  # from a step that the other ranks may have undone
+        self._groups: StepGroups | None = None  # of this step, if it is not undone but gone on with
         self._fuses = False  # in this step, what has not been asked to
         self._ranks: Ranks | None = None
         if process_group is not None:
@@ -109,6 +115,8 @@ class GuardedStep:
         Raises:
             StepDoesNotFitError: The step does not fit. Parameters, optimizer state, scale and
                 random states are as before, on all ranks; gradients may be unscaled or clipped.
+                If its ``partly`` is true, a fused optimizer has stepped some groups and could not
+                step the others (alike on all ranks): go on from a checkpoint.
             RanksError: Another rank failed with an error of its own.
         """
         if self._ranks is None:
@@ -119,6 +127,7 @@ class GuardedStep:
     def _step_alone(self) -> None:
         alone = self._scaler is None and self._ranks is None
         self._fuses = alone and steps_fused(self._optimizer)
+        self._groups = None
         if self._scaler is not None:
             # It works part by part: with several, one that failed may have left some unscaled.
             attempts = ATTEMPTS if len(_parts(self._optimizer)) == 1 else 1
@@ -143,12 +152,12 @@ class GuardedStep:
         except BaseException as error:
             failed = error
         before, self._kept = self._kept, None
-        told, _ = ranks.tell(_report(failed))
+        told, _ = ranks.tell(report(failed))
         worst = max(range(ranks.size), key=lambda rank: told[rank][0])
         outcome, asked = told[worst]
-        if outcome == _DONE:
+        if outcome == DONE:
             return
-        if outcome == _DOES_NOT_FIT:
+        if outcome in (PARTLY, DOES_NOT_FIT):
             if before is not None:
                 before.restore()
             if self._scaler is None:
@@ -157,7 +166,8 @@ class GuardedStep:
                 self._scaler.load_state_dict(scale)
             if failed is None:  # otherwise it is counted, as are own attempts before
                 self.lost.add(began + self.lost.seconds - lost)
-        raise failed if failed is not None else _elsewhere(worst, outcome, asked)
+        undone = outcome == DOES_NOT_FIT and told[ranks.rank][0] == PARTLY  # by now
+        raise elsewhere(worst, outcome, asked) if failed is None or undone else failed
 
     def _changed_in_place(self) -> list[torch.Tensor]:
         """What has no copy because a step that fails leaves it alone; one that ends does not."""
@@ -180,8 +190,10 @@ class GuardedStep:
         optimizer = self._optimizer
         in_place = self._scaler is None and (self._fuses or _steps_in_place(optimizer))
         parameters = _stepped(optimizer)
-        if in_place and all(map(optimizer.state.get, parameters)):
-            return lambda on_host: CounterSnapshot(optimizer)
+        if in_place and all(map(optimizer.state.get, parameters)) and _alike(optimizer):
+            self._groups = StepGroups(optimizer)
+            done = self._groups.done
+            return lambda on_host: CounterSnapshot(optimizer, done)
         # The state of a later part is created when the first has already been stepped.
         in_place = in_place and len(_parts(optimizer)) <= 1
         return partial(OptimizerSnapshot, optimizer, parameters, in_place)
@@ -196,10 +208,12 @@ class GuardedStep:
     def _step(self) -> None:
         if self._scaler is not None:
             self._scaler.step(self._optimizer)
-        elif self._fuses:
-            with fused(self._optimizer):
-                self._optimizer.step()
-        else:
+            return
+        with ExitStack() as stack:
+            if self._groups is not None:
+                stack.enter_context(self._groups.remaining())
+            if self._fuses:
+                stack.enter_context(fused(self._optimizer))
             self._optimizer.step()
 
     def _survive(
@@ -221,7 +235,9 @@ class GuardedStep:
                 break
         if self._scaler is not None:  # forgets this step's gradients, keeps the scale
             self._scaler.update(new_scale=self._scaler.get_scale())
-        raise _does_not_fit(what, outcome)
+        done = 0 if self._groups is None else len(self._groups.done)
+        stepped = f"{done} of {len(self._optimizer.param_groups)} groups" if done else ""
+        raise does_not_fit(what, outcome, stepped=stepped)
 
 
 def _attempt(action: Callable[[], Any], guard: Callable[[], _Snapshot] | None) -> Any:
@@ -257,38 +273,13 @@ def _parts(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
     return list(parts.values())
 
 
+def _alike(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a fused call can take each group as a whole."""
+    groups = (group["params"] for group in optimizer.param_groups)
+    return all(len({(p.device, p.dtype) for p in params}) <= 1 for params in groups)
+
+
 def _steps_in_place(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a failure comes before the parameters of a part are touched, once it has state."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
     return fused and type(optimizer) in _IN_PLACE
-
-
-def _does_not_fit(what: str, verdict: OutOfMemory) -> StepDoesNotFitError:
-    asked = "" if verdict.bytes_requested is None else f", {verdict.bytes_requested:,} bytes more"
-    if verdict.retryable:
-        remedy = "use a smaller model, a fused optimizer or one with less state, or more memory"
-    else:
-        remedy = "the device is unusable after this failure: start the process anew"
-    return StepDoesNotFitError(
-        f"Out of memory ({verdict.kind}) in {what}{asked}; {remedy}.",
-        bytes_requested=verdict.bytes_requested,
-    )
-
-
-def _report(failed: BaseException | None) -> tuple[float, float]:
-    """What a rank tells the others: how its step ended, and the bytes that were missing."""
-    if failed is None:
-        return _DONE, -1.0
-    if isinstance(failed, StepDoesNotFitError):
-        return _DOES_NOT_FIT, -1.0 if failed.bytes_requested is None else failed.bytes_requested
-    return _ERROR, -1.0
-
-
-def _elsewhere(rank: int, outcome: float, asked: float) -> Exception:
-    if outcome == _DOES_NOT_FIT:
-        missing = None if asked < 0 else int(asked)
-        return _does_not_fit("its step", OutOfMemory(f"rank {rank}", missing, True, ""))
-    return RanksError(
-        f"Rank {rank} failed in its step with an error of its own, which it raises, and this rank "
-        "has stepped: they may differ by now. Mend that error and start all ranks again."
-    )

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from bs_optuna.errors import TaskError
-from bs_optuna.training.backward import LossFunction
 from bs_optuna.training.cutting import Count
 from bs_optuna.training.cutting import Lengths
 from bs_optuna.training.cutting import Trim
@@ -26,6 +25,7 @@ from bs_optuna.training.data import evaluation_batches
 from bs_optuna.training.data import length
 from bs_optuna.training.recipes import OptimizerFactory
 from bs_optuna.training.recipes import optimizer_factory
+from bs_optuna.training.weighted_pass import LossFunction
 
 
 UNNAMED = "task"
@@ -56,8 +56,8 @@ class TrainingTask:
             of like length go together. See `AccumulatedBackward`.
         trim: With ``lengths``: cuts the padding of a microbatch off, as ``trim(inputs, targets,
             longest)``, which returns both; without it, model and loss must.
-        batch_norm: ``"exact"`` keeps the running statistics of BatchNorm those of the whole batch
-            when memory splits it; see `AccumulatedBackward`.
+        batch_norm: ``"exact"`` keeps the running statistics of BatchNorm and InstanceNorm those of
+            the whole batch when memory splits it; see `AccumulatedBackward`.
         name: Names the study and its file; the command line takes the name of the task's file
             or module where it is left out.
 

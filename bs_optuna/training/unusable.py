@@ -11,12 +11,13 @@ from torch import nn
 
 from bs_optuna.errors import DivergedError
 from bs_optuna.errors import TaskError
-from bs_optuna.training.backward import LossFunction
 from bs_optuna.training.batches import Batch
 from bs_optuna.training.batches import batch_length
 from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import moved
 from bs_optuna.training.batches import take
+from bs_optuna.training.snapshot import device_of
+from bs_optuna.training.weighted_pass import LossFunction
 
 
 def check_training_loss(loss: float, samples: int) -> None:
@@ -55,7 +56,7 @@ def check_kind_of_loss(model: nn.Module, loss_fn: LossFunction, batch: Batch) ->
     """
     found = ""
     with suppress(Exception), torch.no_grad():  # what failed may be something else
-        part = moved(take(batch, slice(0, 2)), next(model.parameters()).device)
+        part = moved(take(batch, slice(0, 2)), device_of(model, loss_fn))
         inputs, targets = part
         loss: object = loss_fn(call_model(model, inputs), targets)
         found = type(loss).__name__

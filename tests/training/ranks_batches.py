@@ -121,7 +121,18 @@ def whole_batch(rank: int) -> dict[str, Any]:
         found[f"budget {budget}"] = (result, gradients(model))
     found["trained"] = trained(rank)
     found["empty"] = nothing_on_rank_1(rank)
+    found["bfloat16"] = loss_of_low_precision(rank)
     return found
+
+
+def loss_of_low_precision(rank: int) -> torch.Tensor:
+    """Rank 0 splits its part and rank 1 does not."""
+    model = nn.Linear(5, 3).bfloat16()
+    x = part(rank, sequences("samples")[0]).flatten(1)[:, :5].bfloat16()
+    backward = AccumulatedBackward(
+        model, lambda o, t: o.square().mean(), microbatch_size=4, process_group=dist.group.WORLD
+    )
+    return backward(x).loss
 
 
 def trained(rank: int | None) -> list[torch.Tensor]:

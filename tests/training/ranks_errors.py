@@ -139,6 +139,40 @@ def failing_step(rank: int, optimizer: str, scaled: bool, good_steps: int) -> An
     }  # fmt: skip
 
 
+class NeverTheBiases(FailingAt):
+    """Has no memory on rank 1 for the step of what has one dimension."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if self.position == 1 and "_fused_" in str(func) and args[0][0].ndim == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return func(*args, **(kwargs or {}))
+
+
+def half_steps(rank: int) -> Any:
+    """A third step whose second group never fits on rank 1."""
+    model, group = network(), dist.group.WORLD
+    groups = [
+        {"params": [p for p in model.parameters() if (p.ndim == 1) == last]} for last in (0, 1)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, fused=True)
+    backward = AccumulatedBackward(model, nn.functional.cross_entropy, process_group=group)
+    step = GuardedStep(optimizer, process_group=group)
+    message, states = "no error", []
+    for number in range(4):
+        optimizer.zero_grad()
+        backward(*images(rank))
+        states.append(copy.deepcopy([model.state_dict(), optimizer.state_dict()]))
+        try:
+            with NeverTheBiases(rank if number == 2 else None):
+                step()
+        except BsOptunaError as error:
+            message = f"{type(error).__name__}: {error}"
+    states.append(copy.deepcopy([model.state_dict(), optimizer.state_dict()]))
+    return {"message": message, "states": states}
+
+
 def scaled_steps(rank: int) -> dict[str, Any]:
     """An overflow on rank 1 alone, and an error of its own in an optimizer's step."""
     found: dict[str, Any] = {}
@@ -174,4 +208,11 @@ def scaled_steps(rank: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    rank_main({"messages": messages, "failing_steps": failing_steps, "scaled_steps": scaled_steps})
+    rank_main(
+        {
+            "messages": messages,
+            "failing_steps": failing_steps,
+            "half_steps": half_steps,
+            "scaled_steps": scaled_steps,
+        }
+    )

@@ -183,6 +183,23 @@ def test_scaled_gradients_unscale_to_the_plain_ones() -> None:
         torch.testing.assert_close(c, 1024 * b)
 
 
+def test_a_model_without_parameters_may_have_a_loss_with_some() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(5, 3)
+
+        def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.net(outputs), targets)
+
+    loss_fn, scaler = Head(), torch.amp.GradScaler("cpu", init_scale=4.0)
+    backward = AccumulatedBackward(
+        nn.Identity(), loss_fn, microbatch_size=4, scaler=scaler, autocast_dtype=torch.bfloat16
+    )
+    backward(torch.randn(9, 5), torch.randint(3, (9,)))
+    assert len(gradients(loss_fn)) == 2
+
+
 def test_autocast_runs_model_and_loss_in_the_given_type() -> None:
     seen = []
     model = mlp().float()
@@ -195,6 +212,23 @@ def test_autocast_runs_model_and_loss_in_the_given_type() -> None:
     backward(torch.randn(4, 5), torch.randint(3, (4,)))
     assert seen == [torch.bfloat16]
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 64, 1024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_loss_of_low_precision_is_summed_in_single(
+    dtype: torch.dtype, microbatch_size: int
+) -> None:
+    model = mlp().to(dtype)
+    inputs, targets = torch.randn(1024, 5).to(dtype), torch.randint(3, (1024,))
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(model(inputs).float(), targets).item()
+    backward = AccumulatedBackward(
+        model, nn.functional.cross_entropy, microbatch_size=microbatch_size
+    )
+    loss = backward(inputs, targets).loss
+    assert loss.item() == pytest.approx(expected, rel=4e-3)  # one rounding to 8 bits
+    assert loss.dtype == (dtype if microbatch_size == 1024 else torch.float32)
 
 
 # --- out of memory ---------------------------------------------------------------------------
@@ -214,6 +248,24 @@ def test_what_cannot_be_split_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         AccumulatedBackward(mlp(), nn.functional.cross_entropy)(inputs, targets)
+
+
+def test_a_batch_that_was_computed_is_refused_before_anything_runs() -> None:
+    model, source = mlp(), torch.ones(8, 5, dtype=torch.float64, requires_grad=True)
+    computed, targets = source * 2, torch.randint(3, (8,))
+    backward = AccumulatedBackward(model, nn.functional.cross_entropy, microbatch_size=3)
+    with pytest.raises(ValueError, match=r"shape \(8, 5\) that was computed .* x = tensor.detach"):
+        backward(computed, targets)
+    assert source.grad is None
+    assert gradients(model) == []
+    x = computed.detach().requires_grad_()  # what the message says
+    backward(x, targets)
+    computed.backward(x.grad)
+    twin = source.detach().requires_grad_()
+    nn.functional.cross_entropy(model(twin * 2), targets).backward()
+    assert source.grad is not None
+    assert twin.grad is not None
+    assert_close([source.grad], [twin.grad])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from comparing import assert_equal
 from torch import nn
 
 from bs_optuna.errors import UntraceableError
@@ -240,6 +241,35 @@ def test_constants_of_the_users_own_are_taken_as_they_are() -> None:
         make_probe(make_task("mlp")).peak_bytes(8), rel=0.01
     )
     assert type(weight) is torch.Tensor
+
+
+class Prototypes(nn.Module):
+    """A loss with a weight for each class, a buffer and a constant of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2**14, 10))
+        self.register_buffer("scale", torch.ones(2**14))
+        self.kept = [torch.ones(2**14)]
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = outputs @ self.weight.T * self.scale * self.kept[0]
+        return nn.functional.cross_entropy(logits, targets)
+
+
+def test_a_loss_with_parameters_is_counted_and_left_as_it_is() -> None:
+    loss = Prototypes()
+    before = copy.deepcopy(loss.state_dict())
+    weight = loss.weight.nbytes
+    for _ in range(2):  # the first leaves nothing that the second would find
+        probe = make_probe(make_task("mlp", loss=loss))
+        plain = make_probe(make_task("mlp"))
+        # The parameter, its gradient, Adam's two averages and, passing, a microbatch's gradient.
+        assert 4 * weight < probe.peak_bytes(2) - plain.peak_bytes(2) < 6 * weight
+        assert probe.evaluation_peak_bytes(2) > 4 * weight
+        assert loss.weight.grad is None
+        assert_equal(dict(loss.state_dict()), dict(before))
+        assert {type(t) for t in (loss.weight.data, loss.scale, *loss.kept)} == {torch.Tensor}
 
 
 def looks_at_values(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

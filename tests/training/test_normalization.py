@@ -56,6 +56,36 @@ def test_without_exact_they_are_not() -> None:
     assert model[1].num_batches_tracked == 5
 
 
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+@pytest.mark.parametrize("microbatch_size", [1, 4, 20])
+def test_exact_statistics_by_sample_are_those_of_the_whole_batch_too(
+    microbatch_size: int, momentum: float | None
+) -> None:
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm2d(2, momentum=momentum, track_running_stats=True)  # type: ignore[arg-type]
+    model = nn.Sequential(norm, nn.Flatten(), nn.Linear(50, 3)).double()
+    whole = copy.deepcopy(model)
+    backward = AccumulatedBackward(model, LOSS, microbatch_size=microbatch_size, batch_norm="exact")
+    for samples in (20, 11):
+        x, y = images(samples)
+        for tried in (model, whole):
+            tried.zero_grad()
+        backward(x.double(), y)
+        LOSS(whole(x.double()), y).backward()
+    torch.testing.assert_close(model.state_dict(), whole.state_dict())
+    torch.testing.assert_close(model[2].weight.grad, whole[2].weight.grad)
+    assert norm.momentum == momentum
+
+
+def test_statistics_by_sample_are_warned_of() -> None:
+    norm = nn.InstanceNorm2d(2, track_running_stats=True)
+    model = nn.Sequential(norm, nn.Flatten(), nn.Linear(50, 3))
+    with pytest.warns(UserWarning, match="InstanceNorm updates .* of 4 samples; pass batch_norm="):
+        AccumulatedBackward(model, LOSS, microbatch_size=4)(*images(20))
+    norm.eval()
+    AccumulatedBackward(model, LOSS, microbatch_size=4)(*images(20))
+
+
 class Twice(nn.Module):
     """Calls one BatchNorm twice in a pass, on values that differ."""
 

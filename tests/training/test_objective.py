@@ -103,7 +103,8 @@ def test_groups_of_parameters_keep_their_share_of_the_rate(study: optuna.Study) 
     assert small == pytest.approx(0.1 * big)
 
 
-def test_a_loss_with_parameters_is_trained_too(study: optuna.Study) -> None:
+@pytest.mark.parametrize("changes", [{}, {"model": nn.Identity}], ids=["", "nothing else"])
+def test_a_loss_with_parameters_is_trained_too(study: optuna.Study, changes: Any) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -119,7 +120,7 @@ def test_a_loss_with_parameters_is_trained_too(study: optuna.Study) -> None:
         made.append(list(parameters))
         return torch.optim.SGD(made[-1], lr=rate)
 
-    run_trial(make_objective(make_task(loss=loss, optimizer=optimizer)), study,
+    run_trial(make_objective(make_task(loss=loss, optimizer=optimizer, **changes)), study,
               batch_size=32, lr=0.5)  # fmt: skip
     assert made[-1][-1].ndim == 0
     assert made[-1][-1] != 1  # its copy has learned

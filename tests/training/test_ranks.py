@@ -73,6 +73,8 @@ def test_the_gradient_is_that_of_one_process_with_the_whole_batch(tmp_path: Path
             assert 1 < result.sizes_tried[0] <= budget
     assert_equal(ranks[0]["trained"], ranks[1]["trained"])
     assert_close(ranks[0]["trained"], ranks_batches.trained(None))
+    assert_equal(ranks[0]["bfloat16"], ranks[1]["bfloat16"])
+    assert ranks[0]["bfloat16"].dtype == torch.float32
     y = ranks_batches.sequences("samples")[1]
     y[ranks_batches.PARTS[0] :] = ranks_batches.IGNORED
     assert_equal(ranks[0]["empty"], ranks[1]["empty"])
@@ -180,6 +182,18 @@ def test_a_step_that_never_fits_on_rank_1_is_taken_by_none(tmp_path: Path) -> No
             assert second["message"].startswith("StepDoesNotFitError: Out of memory (cpu) in opti")
             assert (first["lost"].attempts, second["lost"].attempts) == (1, 3)
             assert first["lost"].seconds > 0
+
+
+def test_a_step_that_rank_1_can_do_in_part_is_done_in_that_part_by_both(tmp_path: Path) -> None:
+    first, second = run_ranks(FOLDER / "ranks_errors.py", "half_steps", tmp_path)
+    assert_equal(first["states"], second["states"])
+    for rank, where in ((first, "(rank 1) in its step"), (second, "(cuda) in optimizer.step")):
+        assert rank["message"].startswith(f"StepDoesNotFitError: Out of memory {where}, 2,147,")
+        assert "groups had been stepped and stay so: load your last checkpoint" in rank["message"]
+    (before, _), (after, optimizer) = first["states"][2:4]
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) == (tensor.ndim == 1)
+    assert sorted(int(state["step"]) for state in optimizer["state"].values()) == [2] * 4 + [3] * 2
 
 
 def test_an_overflow_on_rank_1_skips_the_step_of_all(tmp_path: Path) -> None:
