@@ -191,8 +191,9 @@ class GuardedStep:
         in_place = self._scaler is None and (self._fuses or _steps_in_place(optimizer))
         parameters = _stepped(optimizer)
         if in_place and all(map(optimizer.state.get, parameters)) and _alike(optimizer):
-            self._groups = StepGroups(optimizer)
-            done = self._groups.done
+            # A single group is stepped or not, which takes no notes.
+            self._groups = StepGroups(optimizer) if len(optimizer.param_groups) > 1 else None
+            done = [] if self._groups is None else self._groups.done
             return lambda on_host: CounterSnapshot(optimizer, done)
         # The state of a later part is created when the first has already been stepped.
         in_place = in_place and len(_parts(optimizer)) <= 1
