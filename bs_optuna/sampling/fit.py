@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.distance import cdist
 
 from bs_optuna.sampling.explore import explore
 from bs_optuna.sampling.history import History
@@ -29,7 +28,6 @@ Array = NDArray[np.float64]
 # Up to here every suggestion gets the whole effort; beyond, hyper-parameters hardly change from
 # one trial to the next, and the effort is spread so that a suggestion takes about as long.
 _FULL_EFFORT_TRIALS = 40
-_PLACES = 256
 # The price of a fit grows with the third power of the number of trials, that of its memory with the
 # second. Hyper-parameters find their way by few of them, and then settle with those that are kept.
 _FEW = 128
@@ -109,7 +107,7 @@ class Fit:
         owners = space.features(self.tried)[1]
         nominal = np.array([space.axes[j].nominal for j in owners], dtype=bool)
         self.model = Model(self.anchor, bounds, owners, nominal)
-        self.scale = Scale.of(values, self._over_space(values))
+        self.scale = Scale.of(values)
         observed = Observations(
             self.points(self.tried), self.scale.standardised(values), seen.doubts[kept]
         )
@@ -139,16 +137,6 @@ class Fit:
     def momentum_shift(self, coordinates: Array) -> Array | float:
         """How much the momentum of points (N, P) raises ln lr* above that at the reference's."""
         return 0.0 if self.anchor is None else momentum_shift(self.space, self.anchor, coordinates)
-
-    def _over_space(self, values: Array) -> Array:
-        """The value of the nearest trial that has one, at places all over the space, (m,)."""
-        able = np.isfinite(values)
-        if not able.any():
-            return values
-        places = self.space.uniform(np.random.default_rng(0), _PLACES)
-        places, tried = (self.space.scaled(p) for p in (places, self.tried[able]))
-        nearest: Array = values[able][cdist(places, tried).argmin(1)]
-        return nearest
 
     def _explored(
         self, observed: Observations, rng: np.random.Generator, effort: Effort, old: Array | None

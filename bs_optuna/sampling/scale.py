@@ -10,25 +10,25 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# Beyond this many times the distance from best to middling a loss only says "bad".
+# Beyond this many times the distance from best to median a loss only says "bad".
 _CLIP = 5.0
-# Parts of the space up to which values may be looked at for a middling one, and how much further
-# from the best the next may be: a penalty for what failed, such as 1e9, is no loss of a setting.
+# The median may be a penalty for what failed, such as 1e9, and no loss of a setting: it is not gone
+# to where it is so many times further from the best than the quantile before.
 _QUANTILES = (0.125, 0.25, 0.5)
-_PENALTY = 100.0
+_PENALTY = 1000.0
 
 
 @dataclass(frozen=True)
 class Scale:
     """A scale on which a Gaussian process can follow the values: finite, mean 0, deviation 1.
 
-    ln(1 + t) with t the distance from the best, in units of that from the best to a middling
-    setting: it tells the good ones apart and keeps a diverged run (11 beside 2.4) from hiding
-    everything else. Broken runs count as the clip.
+    ln(1 + t) with t the distance from the best, in units of that from the best to the median: it
+    tells the good ones apart and keeps a diverged run (11 beside 2.4) from hiding everything
+    else. Broken runs count as the clip.
 
     Attributes:
         best: Lowest value.
-        unit: Distance from it to a middling one.
+        unit: Distance from it to the median, or to a lower quantile where that is a penalty.
         centre: Mean of the logarithms.
         spread: Their standard deviation.
     """
@@ -39,21 +39,14 @@ class Scale:
     spread: float
 
     @classmethod
-    def of(cls, values: Array, over_space: Array) -> Scale:
-        """The scale of values (n,), some of which may be infinite.
-
-        Args:
-            values: Of the trials.
-            over_space: What the nearest trial says at each of many places all over the space, (m,).
-                Its median is the middling setting. That of the trials would be as good as the best
-                where a sampler has found that, and what tells values apart then is their noise.
-        """
+    def of(cls, values: Array) -> Scale:
+        """The scale of values (n,), some of which may be infinite."""
         finite = values[np.isfinite(values)]
         if not len(finite):
             return cls(0.0, 1.0, 0.0, 1.0)
         best = float(finite.min())
         unit = 0.0
-        for distance in np.quantile(over_space[np.isfinite(over_space)], _QUANTILES) - best:
+        for distance in np.quantile(finite, _QUANTILES) - best:
             if unit > 0.0 and distance > _PENALTY * unit:
                 break
             unit = float(distance)
