@@ -1,7 +1,7 @@
 """Trials to a good batch size and learning rate: CoupledSampler against other samplers.
 
     OMP_NUM_THREADS=1 python benchmarks/sampler.py --plot regret.png   # a few minutes
-    OMP_NUM_THREADS=1 python benchmarks/sampler.py --ridge    # recommend() for batch sizes left out
+    OMP_NUM_THREADS=1 python benchmarks/sampler.py --ridge    # recommend() where trials are few
 
 On two sources that no setting of the sampler was chosen on: the noisy quadratic model, whose every
 value is exact, and the digits, measured on a grid (`digits_grid.py`). regret(n) = (best of n
@@ -37,6 +37,7 @@ from regret_figure import regret_figure
 
 from bs_optuna import CoupledSampler
 from bs_optuna import recommend
+from bs_optuna.sampling.recommend import recommend_each
 
 
 class Surface(Protocol):
@@ -91,7 +92,16 @@ def regrets(
     surface: Surface, sampler: BaseSampler, seed: int, trials: int
 ) -> tuple[np.ndarray, float]:
     """Regret after each trial, and seconds of the sampler a trial."""
-    study = optuna.create_study(sampler=sampler)
+    values, spent = searched(optuna.create_study(sampler=sampler), surface, seed, trials)
+    best = np.minimum.accumulate(values)
+    regret = (best - surface.best) / (surface.median - surface.best)
+    return np.where(np.isfinite(regret), regret, NOTHING_YET), spent / trials
+
+
+def searched(
+    study: optuna.Study, surface: Surface, seed: int, trials: int
+) -> tuple[list[float], float]:
+    """Values of so many trials, and seconds of the sampler."""
     low, high = surface.learning_rates(seed)
     spent, values = 0.0, []
     for _ in range(trials):
@@ -105,9 +115,7 @@ def regrets(
             study.tell(trial, values[-1])
         else:
             study.tell(trial, state=TrialState.PRUNED)
-    best = np.minimum.accumulate(values)
-    regret = (best - surface.best) / (surface.median - surface.best)
-    return np.where(np.isfinite(regret), regret, NOTHING_YET), spent / trials
+    return values, spent
 
 
 def compare(names: list[str], runs: int, trials: int) -> dict[str, dict[str, np.ndarray]]:
@@ -150,11 +158,11 @@ def _row(name: str, curves: np.ndarray, milliseconds: str) -> None:
 
 
 def ridge() -> None:
-    """Leave each batch size out of its study and ask for its learning rate."""
+    """Ask for learning rates: of batch sizes left out, and in studies of the sampler itself."""
     for source, load in SOURCES.items():
-        found: dict[str, list[tuple[bool, bool]]] = {"interior": [], "edge": []}
+        found: dict[str, list[tuple[bool, bool]]] = {"interior": [], "edge": [], "own": []}
         for surface in load():
-            for place, *answer in left_out(surface):
+            for place, *answer in left_out(surface) + own_trials(surface):
                 found[place].append(tuple(answer))
         print(f"\n{source}")
         for place, answers in found.items():
@@ -176,6 +184,23 @@ def left_out(surface: Surface) -> list[tuple[str, bool, bool]]:
             place = "edge" if size in (sizes[0], sizes[-1]) else "interior"
             close = abs(math.log(advice.learning_rate / truth)) <= math.log(1.5)
             answers.append((place, close, low <= truth <= high))
+    return answers
+
+
+def own_trials(surface: Surface, studies: int = 3) -> list[tuple[str, bool, bool]]:
+    """The same for each batch size after 30 trials of CoupledSampler, most near the best one."""
+    answers = []
+    for seed in range(studies):
+        sampler = CoupledSampler(prior=surface.optimizer, seed=seed)
+        study = optuna.create_study(sampler=sampler)
+        searched(study, surface, seed, 30)
+        lowest, highest = surface.learning_rates(seed)
+        sizes = [size for size, truth in surface.ridge.items() if lowest < truth < highest]
+        for advice in recommend_each(study, sizes):
+            truth = surface.ridge[advice.batch_size]
+            low, high = advice.learning_rate_interval
+            close = abs(math.log(advice.learning_rate / truth)) <= math.log(1.5)
+            answers.append(("own", close, low <= truth <= high))
     return answers
 
 
@@ -209,7 +234,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--sampler", action="append", choices=sorted(SAMPLERS))
     parser.add_argument("--plot", type=Path, metavar="FILE", help="regret against trials")
-    parser.add_argument("--ridge", action="store_true", help="recommend() for batch sizes left out")
+    parser.add_argument("--ridge", action="store_true", help="recommend() where trials are few")
     flags = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
