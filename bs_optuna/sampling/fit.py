@@ -53,7 +53,7 @@ class Effort:
     spread: bool
 
 
-QUICK = Effort(walkers=40, fresh_sweeps=10, sweeps=2, samples=10, spread=True)
+QUICK = Effort(walkers=48, fresh_sweeps=10, sweeps=2, samples=12, spread=True)
 # With a quarter of the sweeps, what is recommended where the valley is flat depended on the seed:
 # by a factor of 1.4 (one standard deviation) after 60 trials, by up to 12 in all after 200.
 THOROUGH = Effort(walkers=96, fresh_sweeps=160, sweeps=160, samples=96, spread=False)
