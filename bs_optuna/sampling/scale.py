@@ -12,8 +12,8 @@ Array = NDArray[np.float64]
 
 # Beyond this many times the distance from best to median a loss only says "bad".
 _CLIP = 5.0
-# The median may be a penalty for what failed, such as 1e9, and no loss of a setting: it is not gone
-# to where it is so many times further from the best than the quantile before.
+# The median may be a penalty for what failed, such as 1e9, and no loss of a setting. Then the last
+# quantile counts before the distance from the best jumps by so much.
 _QUANTILES = (0.125, 0.25, 0.5)
 _PENALTY = 1000.0
 

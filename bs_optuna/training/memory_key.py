@@ -6,13 +6,14 @@ import hashlib
 
 import optree
 import torch
+from torch import nn
 
 from bs_optuna.training.data import first_samples
 from bs_optuna.training.task import TrainingTask
 
 
 def memory_key(task: TrainingTask, *, device: torch.device, limit_bytes: int | None) -> str:
-    """A short digest of model, sample, optimizer, device and limit.
+    """A short digest of model, loss, sample, optimizer, device and limit.
 
     What fits is true for one such combination only: a small model must not inherit the microbatch
     of a big one.
@@ -27,15 +28,20 @@ def memory_key(task: TrainingTask, *, device: torch.device, limit_bytes: int | N
     leaves: list[torch.Tensor] = [*optree.tree_leaves(inputs), *optree.tree_leaves(targets)]
     parts = (
         type(model).__name__,
-        [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()],
+        _parameters(model),
         [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves],
         task.optimizer if isinstance(task.optimizer, str) else _name(task.optimizer),
         _device_name(device),
         limit_bytes,
         # Where samples vary in length, sizes are in other units.
         *(() if task.longest is None else (task.longest, task.trim is None)),
+        *(_parameters(task.loss) if isinstance(task.loss, nn.Module) else ()),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _parameters(module: nn.Module) -> list[tuple[str, tuple[int, ...], str]]:
+    return [(name, tuple(p.shape), str(p.dtype)) for name, p in module.named_parameters()]
 
 
 def _name(factory: object) -> str:
