@@ -69,14 +69,15 @@ def log_expected_improvement(z: Array, sd: Array) -> Array:
         z: Distance by which the mean is better than the incumbent, in standard deviations.
         sd: Standard deviation.
     """
-    near = np.maximum(z, -1.0)
+    tail = z <= -1.0
+    near, far = z[~tail], z[tail]  # each formula takes as long as a third of a prediction
+    logs = np.empty(z.shape)
     density = np.exp(-0.5 * near * near) / math.sqrt(2.0 * math.pi)
-    log_near = np.log(density + near * ndtr(near))
-    far = np.minimum(z, -1.0)
+    logs[~tail] = np.log(density + near * ndtr(near))
     mills = np.maximum(1.0 + math.sqrt(math.pi / 2) * far * erfcx(-far / math.sqrt(2)), 1e-300)
     log_mills = np.where(far < -1e3, -2.0 * np.log(-far), np.log(mills))
-    log_far = -0.5 * far * far - 0.5 * math.log(2 * math.pi) + log_mills
-    return np.where(z > -1.0, log_near, log_far) + np.log(sd)
+    logs[tail] = -0.5 * far * far - 0.5 * math.log(2 * math.pi) + log_mills
+    return logs + np.log(sd)
 
 
 def _improvement(

@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg.lapack import dtrtrs
 
+from bs_optuna.sampling.kernel import covariance
+from bs_optuna.sampling.kernel import squared
 from bs_optuna.science.ridge import Anchor
 from bs_optuna.science.ridge import ridge
 
@@ -41,7 +43,6 @@ _VALLEY_SD = 1.0
 _TILT_SD = 0.7
 _JITTER = 1e-6
 _CACHED = 2**17  # numbers
-_SQRT5 = math.sqrt(5.0)
 
 
 @dataclass(frozen=True)
@@ -143,40 +144,38 @@ class Model:
         return z
 
     def inputs(self, theta: Array, points: Points) -> tuple[Array, Array, Array]:
-        """Scaled inputs (S, N, D+2), basis (S, N, P) and mean (S, N) at each sample."""
+        """Scaled inputs (S, D+2, N), basis (S, P, N) and mean (S, N) at each sample."""
         n, s, d = len(points), len(theta), points.other.shape[1]
         # All slopes together have about the variance of the values; curvatures are half as large.
         slope = 1.0 / math.sqrt(self._total)
-        squares = points.other[:, self._numeric] ** 2
+        other = points.other.T
+        squares = other[self._numeric] ** 2
         own = 0 if self._anchor is None else 2
-        scaled = np.empty((s, n, own + d))
-        basis = np.empty((s, n, 1 + d + squares.shape[1] + 2 * own))
+        scaled = np.empty((s, own + d, n))
+        basis = np.empty((s, 1 + d + len(squares) + 2 * own, n))
         mean, k = np.zeros((s, n)), 0
         if self._anchor is not None:
             z = self.distance(theta, points)
             u = (points.log_batch_size - self._anchor.log_batch_size) / self._half
             # A valley along the ridge: its weight has mean 1, so this is also the prior mean.
             mean, k = np.log1p(z * z), 3
-            scaled[..., 0], scaled[..., 1] = z, u
-            basis[..., -4], basis[..., -3] = slope * u, 0.5 * slope * u * u
-            basis[..., -2], basis[..., -1] = _VALLEY_SD * mean, _TILT_SD * z
-        scaled[..., own:] = points.other
-        basis[..., 0] = 1.0
-        basis[..., 1 : 1 + d] = slope * points.other
-        basis[..., 1 + d : 1 + d + squares.shape[1]] = 0.5 * slope * squares
-        lengths = np.exp(theta[:, k:-2])
-        scaled[..., :own] /= lengths[:, None, :own]
-        scaled[..., own:] /= lengths[:, None, own + self._groups]
+            scaled[:, 0], scaled[:, 1] = z, u
+            basis[:, -4], basis[:, -3] = slope * u, 0.5 * slope * u * u
+            basis[:, -2], basis[:, -1] = _VALLEY_SD * mean, _TILT_SD * z
+        scaled[:, own:] = other
+        basis[:, 0] = 1.0
+        basis[:, 1 : 1 + d] = slope * other
+        basis[:, 1 + d : 1 + d + len(squares)] = 0.5 * slope * squares
+        lengths = np.exp(theta[:, k:-2, None])
+        scaled[:, :own] /= lengths[:, :own]
+        scaled[:, own:] /= lengths[:, own + self._groups]
         return scaled, basis, mean
 
     def covariance(
         self, theta: Array, left: tuple[Array, Array, Array], right: tuple[Array, Array, Array]
     ) -> Array:
         """Prior covariance between two sets of inputs, (S, N, N')."""
-        kernel = matern52(left[0], right[0])
-        kernel *= np.exp(2.0 * theta[:, -2])[:, None, None]
-        kernel += left[1] @ right[1].transpose(0, 2, 1)
-        return kernel
+        return covariance(2.0 * theta[:, -2], left[:2], right[:2])
 
     def log_posterior(self, w: Array, seen: Observations) -> Array:
         """Log posterior of w, (S,)."""
@@ -208,31 +207,6 @@ def _forward_solved(lower: Array, right: Array) -> Array:
     return solved
 
 
-def _squared(vectors: Array) -> Array:
-    """Squared lengths (S, N) of vectors (S, N, D)."""
-    squared: Array = np.einsum("snd,snd->sn", vectors, vectors)
-    return squared
-
-
-def matern52(left: Array, right: Array) -> Array:
-    """Matern kernel of smoothness 5/2 between scaled inputs (S, N, D) and (S, N', D)."""
-    left, right = _SQRT5 * left, _SQRT5 * right
-    kernel = np.empty((len(left), left.shape[1], right.shape[1]))
-    # In place, and a few samples at a time so that both arrays stay in the cache: most of a
-    # suggestion's time is spent here, and on moving temporaries about.
-    step = max(_CACHED // max(kernel[0].size, 1), 1)
-    for part in (slice(s, s + step) for s in range(0, len(left), step)):
-        k = np.matmul(left[part], -2.0 * right[part].transpose(0, 2, 1), out=kernel[part])
-        k += _squared(left[part])[:, :, None]
-        k += _squared(right[part])[:, None, :]
-        r = np.sqrt(np.maximum(k, 0.0, out=k))
-        k /= 3.0
-        k += r
-        k += 1.0
-        k *= np.exp(np.negative(r, out=r), out=r)
-    return kernel
-
-
 class Posterior:
     """The function after observations, one Gaussian process for each sample of w.
 
@@ -253,7 +227,7 @@ class Posterior:
         inputs = self.model.inputs(self.theta, points)
         cross = self.model.covariance(self.theta, self._inputs, inputs)
         mean = np.empty((len(self.w), len(points)))
-        variance = np.exp(2.0 * self.theta[:, [-2]]) + _squared(inputs[1])
+        variance = np.exp(2.0 * self.theta[:, [-2]]) + squared(inputs[1])
         for s in range(len(self.w)):
             v = _forward_solved(self._factor[s], cross[s])
             mean[s] = inputs[2][s] + v.T @ self._whitened[s]

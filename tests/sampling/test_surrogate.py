@@ -13,11 +13,11 @@ from sklearn.gaussian_process.kernels import Kernel
 from sklearn.gaussian_process.kernels import Matern
 
 from bs_optuna.sampling.explore import explore
+from bs_optuna.sampling.kernel import covariance
 from bs_optuna.sampling.surrogate import Model
 from bs_optuna.sampling.surrogate import Observations
 from bs_optuna.sampling.surrogate import Points
 from bs_optuna.sampling.surrogate import Posterior
-from bs_optuna.sampling.surrogate import matern52
 from bs_optuna.science.prior import ScalingPrior
 
 
@@ -41,11 +41,17 @@ def observed(rng: np.random.Generator, count: int) -> Observations:
     return Observations(where, values, rng.uniform(0.0, 0.1, count))
 
 
-def test_matern_is_scikit_learns() -> None:
+def test_covariance_is_scikit_learns() -> None:
+    """Of so many points that not all samples are worked on at a time."""
     rng = np.random.default_rng(0)
-    left, right = rng.normal(size=(2, 7, 3)), rng.normal(size=(2, 5, 3))
-    for ours, a, b in zip(matern52(left, right), left, right, strict=True):
-        np.testing.assert_allclose(ours, Matern(nu=2.5)(a, b), atol=1e-10)
+    left, right = rng.normal(size=(5, 3, 120)), rng.normal(size=(5, 3, 150))
+    left_basis, right_basis = rng.normal(size=(5, 2, 120)), rng.normal(size=(5, 2, 150))
+    log_variance = rng.normal(size=5)
+    ours = covariance(log_variance, (left, left_basis), (right, right_basis))
+    for k in range(5):
+        expected = np.exp(log_variance[k]) * Matern(nu=2.5)(left[k].T, right[k].T)
+        expected += left_basis[k].T @ right_basis[k]
+        np.testing.assert_allclose(ours[k], expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -57,8 +63,8 @@ def test_posterior_is_scikit_learns(seed: int) -> None:
     mean, sd = Posterior(model, w, seen).predict(asked)
 
     theta = model.theta(w)
-    scaled, basis, prior_mean = (a[0] for a in model.inputs(theta, seen.points))
-    scaled_asked, basis_asked, mean_asked = (a[0] for a in model.inputs(theta, asked))
+    scaled, basis, prior_mean = (a[0].T for a in model.inputs(theta, seen.points))
+    scaled_asked, basis_asked, mean_asked = (a[0].T for a in model.inputs(theta, asked))
     d = scaled.shape[1]
     kernel = _on(slice(0, d), ConstantKernel(np.exp(2 * theta[0, -2])) * Matern(nu=2.5)) + _on(
         slice(d, None), DotProduct(sigma_0=0.0)
