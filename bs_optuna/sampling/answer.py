@@ -17,6 +17,7 @@ from bs_optuna.sampling.cliff import Cliff
 from bs_optuna.sampling.fit import Fit
 from bs_optuna.sampling.recommendation import Interval
 from bs_optuna.sampling.recommendation import Recommendation
+from bs_optuna.sampling.surrogate import RIDGE_UNIT
 
 
 Array = NDArray[np.float64]
@@ -25,7 +26,7 @@ _DRAWS = 20  # functions for each of the hyper-parameter samples
 _GRID = 121
 # Trials, the best by posterior mean, that any other has next to no chance of being better than.
 _RIVALS = 64
-# The best learning rate may lie outside the searched range, by this factor at most.
+# The best learning rate may lie outside the searched range, by this factor.
 _BEYOND = 30.0
 # Chance of divergence that a recommended learning rate may have. A run that breaks is lost, one at
 # half the best learning rate hardly worse.
@@ -74,7 +75,10 @@ class Answer:
         rivals, draws = self._rivals
         own = int(np.searchsorted(rivals, best))
         chance = float((draws.argmin(1) == own).mean())
-        _, interval = self._best_learning_rate(point)
+        _, (low, high) = self._best_learning_rate(point)
+        tried = math.exp(point[self._lr])
+        # Where all is alike the best trial is anywhere, and so may be the best learning rate.
+        interval = (min(low, tried), max(high, tried))
         return self._answer(params, self._fit.numbers[best], interval, draws[:, own], chance)
 
     @cached_property
@@ -151,7 +155,8 @@ class Answer:
         diverged run tells nothing else about the function. The learning rate keeps a distance.
         """
         low, high = self._fit.space.axes[self._lr].bounds
-        grid = np.linspace(low - math.log(_BEYOND), high + math.log(_BEYOND), _GRID)
+        down, up = self._beyond(point)
+        grid = np.linspace(low + down, high + up, _GRID)
         points = np.repeat(point[None], len(grid), axis=0)
         points[:, self._lr] = grid
         drawn, safe = self._draws(points), math.inf
@@ -169,6 +174,23 @@ class Answer:
             np.quantile(found, [0.05, 0.5, 0.95], weights=weights, method="inverted_cdf")
         )
         return float(max(min(middle, safe), low)), (float(low), float(high))
+
+    def _beyond(self, point: Array) -> tuple[float, float]:
+        """How far below and above the range the best rate at a point may lie, as ln lr.
+
+        By a fixed factor, and at a batch size outside its range by what the ridge changes on the
+        way there.
+        """
+        low, high = self._fit.space.axes[self._b].bounds
+        near = point.copy()
+        near[self._b] = min(max(near[self._b], low), high)
+        posterior = self._fit.posterior
+        far = self._fit.points(np.stack([near, point]))
+        change = -np.diff(posterior.model.distance(posterior.theta, far))[:, 0] * RIDGE_UNIT
+        return (
+            min(float(change.min()), 0.0) - math.log(_BEYOND),
+            max(float(change.max()), 0.0) + math.log(_BEYOND),
+        )
 
     def _off_the_best(self, points: Array) -> Array:
         """How much further from the ridge points (N, P) lie than the best trials do, (S, N).

@@ -43,5 +43,5 @@ CHECKPOINT = "checkpoint"  # str, name of the file that all attempts share
 
 # Of a study.
 CONFIG = "config"  # dict, the StudyConfig that made it
-EXPERIMENT = "experiment"  # dict, what its trials must share: task, optimizer, budget
+EXPERIMENT = "experiment"  # dict, what its trials must share: task, objective, optimizer, budget
 RECOMMENDATION = "recommendation"  # dict, the summary's figures

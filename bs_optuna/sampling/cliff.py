@@ -18,6 +18,8 @@ from optuna.trial import TrialState
 from scipy.special import log_ndtr
 
 from bs_optuna.sampling.history import has_diverged
+from bs_optuna.sampling.history import is_complete
+from bs_optuna.sampling.history import is_failure
 from bs_optuna.sampling.history import is_feasible
 from bs_optuna.sampling.history import tells_of_divergence
 from bs_optuna.sampling.space import Space
@@ -33,6 +35,10 @@ _POSITIONS = 241
 _SLOPES = np.linspace(0.0, 1.0, 11)
 _MOMENTUM_SLOPES = np.array([0.0, 0.5, 1.0])
 _DEVIATIONS = np.array([0.1, 0.4, 1.6])
+# So many failures, and this part of all pairs of a failed and a completed run in which the failed
+# one is the higher: by chance a few studies in a hundred have that.
+_FAILURES = 3
+_ABOVE = 0.9
 
 
 class Cliff:
@@ -79,15 +85,19 @@ class Cliff:
             space: With a ridge.
             adds_up: Whether the optimizer adds gradients up, so that momentum matters.
         """
+        failed = failed_above(trials, space)
+        ended = (TrialState.COMPLETE, TrialState.PRUNED)
         ran = [
             t
             for t in trials
-            if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and is_feasible(t)
+            if is_feasible(t) and (t.state in ended or has_diverged(t) or t.number in failed)
         ]
-        diverged = np.array([has_diverged(t) for t in ran], dtype=bool)
+        diverged = np.array([has_diverged(t) or t.number in failed for t in ran], dtype=bool)
         coordinates = space.coordinates([t.params for t in ran])
         assert space.ridge is not None
-        untold = diverged & np.array([not tells_of_divergence(t) for t in ran], dtype=bool)
+        untold = diverged & np.array(
+            [t.state in ended and not tells_of_divergence(t) for t in ran], dtype=bool
+        )
         sizes, rates = (coordinates[:, j] for j in space.ridge)
         if _are_too_large(sizes, rates, untold, ~diverged):
             coordinates, diverged = coordinates[~untold], diverged[~untold]
@@ -109,6 +119,29 @@ class Cliff:
         from_middle = settings - self._middle
         limits: Array = p + q * from_middle[:, :1] + r * from_middle[:, 1:]
         return limits
+
+
+def failed_above(trials: Sequence[FrozenTrial], space: Space) -> frozenset[int]:
+    """Numbers of the failed trials that diverged, if where they lie says so.
+
+    Optuna stores a run that returns NaN as failed, like one with a mistake in it, and keeps no word
+    of that. Mistakes strike anywhere, divergence at high learning rates.
+
+    Args:
+        trials: With every parameter of the space.
+        space: The parameters.
+    """
+    failed = [t for t in trials if is_failure(t)]
+    fine = [t for t in trials if is_complete(t)]
+    if space.ridge is None or len(failed) < _FAILURES or not fine:
+        return frozenset()
+    (b, lr), a = space.ridge, space.coordinates([t.params for t in failed])
+    c = space.coordinates([t.params for t in fine])
+    for slope in (_SLOPES[0], _SLOPES[-1]):
+        higher = (a[:, [lr]] - slope * a[:, [b]]) > (c[:, lr] - slope * c[:, b])
+        if higher.mean() >= _ABOVE:
+            return frozenset(t.number for t in failed)
+    return frozenset()
 
 
 def _are_too_large(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from optuna.trial import FrozenTrial
 
 from bs_optuna.sampling import attributes
+from bs_optuna.sampling.history import is_complete
 from bs_optuna.sampling.space import Space
 
 
@@ -24,9 +25,12 @@ _SHRINKAGE = 0.1
 
 
 def measured(trials: Sequence[FrozenTrial], attribute: str) -> dict[int, float]:
-    """Cost by trial number: a user attribute; for "seconds" also the trial's duration."""
+    """Cost by trial number: a user attribute; for "seconds" also the trial's duration.
+
+    Of trials that were completed: one that ended at once makes its setting look cheap.
+    """
     costs = {}
-    for t in trials:
+    for t in filter(is_complete, trials):
         cost = t.user_attrs.get(attribute)
         if cost is None and attribute == attributes.SECONDS and t.duration is not None:
             cost = t.duration.total_seconds()

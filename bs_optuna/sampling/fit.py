@@ -44,6 +44,7 @@ class Effort:
         sweeps: Sweeps of one that an earlier fit has left behind.
         samples: Walkers that the posterior is averaged over.
         spread: Whether long histories get less of it.
+        log_noise_sd: See `Model`.
     """
 
     walkers: int
@@ -51,12 +52,18 @@ class Effort:
     sweeps: int
     samples: int
     spread: bool
+    log_noise_sd: float
 
 
-QUICK = Effort(walkers=48, fresh_sweeps=10, sweeps=2, samples=12, spread=True)
+QUICK = Effort(walkers=48, fresh_sweeps=10, sweeps=2, samples=12, spread=True, log_noise_sd=1.0)
 # With a quarter of the sweeps, what is recommended where the valley is flat depended on the seed:
 # by a factor of 1.4 (one standard deviation) after 60 trials, by up to 12 in all after 200.
-THOROUGH = Effort(walkers=96, fresh_sweeps=160, sweeps=160, samples=96, spread=False)
+# Noise may be as large as all differences, or nothing. A sampler that thinks so repeats itself too
+# often (noisy quadratic model: 0.7 trials more), but an interval that does not is too narrow: after
+# 8 trials with a noise of 0.05 a quarter of them held the value, instead of five in six.
+THOROUGH = Effort(
+    walkers=96, fresh_sweeps=160, sweeps=160, samples=96, spread=False, log_noise_sd=2.0
+)
 
 
 class Fit:
@@ -106,7 +113,7 @@ class Fit:
         bounds = None if space.ridge is None else space.axes[space.ridge[0]].bounds
         owners = space.features(self.tried)[1]
         nominal = np.array([space.axes[j].nominal for j in owners], dtype=bool)
-        self.model = Model(self.anchor, bounds, owners, nominal)
+        self.model = Model(self.anchor, bounds, owners, nominal, effort.log_noise_sd)
         self.scale = Scale.of(values)
         observed = Observations(
             self.points(self.tried), self.scale.standardised(values), seen.doubts[kept]

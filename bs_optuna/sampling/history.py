@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
@@ -27,6 +28,9 @@ Array = NDArray[np.float64]
 # trial's final value is extrapolated, and a trial may fail for reasons unlike its parameters.
 _DOUBT_PRUNED = 0.3
 _DOUBT_FAILED = 1.0
+_LARGEST = 700.0  # logarithm of a float
+# How trials end that had all of their parameters, as a rule.
+TOLD = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class History:
 
 
 def shared_space(trials: Iterable[FrozenTrial]) -> dict[str, BaseDistribution]:
-    """The parameters that every finished trial has with one and the same distribution.
+    """The parameters that every finished trial has, with the range that the newest one had.
 
     Completed trials decide; without any, pruned ones; without those, failed ones: a trial that
     broke off early may lack parameters that all the others have.
@@ -65,30 +69,88 @@ def shared_space(trials: Iterable[FrozenTrial]) -> dict[str, BaseDistribution]:
             return {
                 name: distribution
                 for name, distribution in sorted(spaces[-1].items())
-                if all(space.get(name) == distribution for space in spaces)
+                if all(is_alike(space.get(name), distribution) for space in spaces)
                 and not distribution.single()
             }
     return {}
 
 
-def read(
-    trials: Sequence[FrozenTrial],
-    directions: Sequence[StudyDirection],
-    names: Collection[str],
-) -> History:
-    """The history of the trials that have all of the named parameters.
+def whole(trials: Sequence[FrozenTrial], coupled: Collection[str]) -> list[FrozenTrial]:
+    """All but those that broke off before they had batch size and learning rate.
+
+    If the study has both, that is: the trials that told tell. Where there are none yet, a single
+    failure without one of the two has broken off, but a second one says otherwise. The only failure
+    is left out anyway, so that a reference is tried once more.
 
     Args:
         trials: All trials of the study.
+        coupled: The names of the two.
+    """
+    trials = [t for t in trials if t.params or not t.state.is_finished()]
+    failed = [t for t in trials if is_failure(t)]
+    trials = [t for t in trials if len(failed) != 1 or t is not failed[0]]
+    told = [t.params for t in trials if t.state in TOLD]
+    names = set(coupled).intersection(*told)
+    those = [t for t in trials if t.state != TrialState.FAIL or names <= t.params.keys()]
+    return those if told or len(trials) - len(those) < 2 else trials
+
+
+def is_alike(one: BaseDistribution | None, other: BaseDistribution) -> bool:
+    """Whether values of one distribution mean the same in the other, maybe out of its range."""
+    if isinstance(one, CategoricalDistribution) or isinstance(other, CategoricalDistribution):
+        return one == other
+    same_scale = getattr(one, "log", None) == getattr(other, "log", None)
+    return isinstance(one, type(other)) and same_scale
+
+
+def telling(trials: Sequence[FrozenTrial], names: Collection[str]) -> list[FrozenTrial]:
+    """The trials that have all of the named parameters, without those that say nothing.
+
+    That is a trial which failed, or was pruned without a word, where another one has run: tried
+    again, or told to be a repetition; and a failure that is the only one and may have any reason.
+    """
+    able = [t for t in trials if all(n in t.params for n in names)]
+    completed = {_key(t, names) for t in able if t.state == TrialState.COMPLETE}
+    ran = completed | {_key(t, names) for t in able if t.state == TrialState.PRUNED}
+    again = {
+        t.number
+        for t in able
+        if (t.state == TrialState.FAIL and _key(t, names) in ran)
+        or (_is_silent(t) and _key(t, names) in completed)
+    }
+    left = [t for t in able if t.number not in again]
+    failed = [t for t in left if is_failure(t)]
+    return [t for t in left if len(failed) != 1 or t is not failed[0]]
+
+
+def is_failure(trial: FrozenTrial) -> bool:
+    """Whether it failed, and neither of divergence nor for want of memory as far as it says."""
+    failed = trial.state == TrialState.FAIL
+    return failed and is_feasible(trial) and not tells_of_divergence(trial)
+
+
+def _is_silent(trial: FrozenTrial) -> bool:
+    """Whether it was pruned without saying why, or how it was doing."""
+    said = trial.intermediate_values or attributes.PRUNE_REASON in trial.user_attrs
+    return trial.state == TrialState.PRUNED and is_feasible(trial) and not said
+
+
+def read(
+    trials: Sequence[FrozenTrial],
+    directions: Sequence[StudyDirection],
+    diverged: Collection[int] = (),
+) -> History:
+    """The history of trials, as `telling` gives them.
+
+    Args:
+        trials: With all parameters that the model sees.
         directions: One for each objective.
-        names: Parameters that the model sees.
+        diverged: Numbers of failed trials that are known to have diverged.
     """
     signs = np.array([-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in directions])
-    able = [t for t in trials if all(n in t.params for n in names)]
-    lost = _typical_loss_after(able, float(signs[0]))
-    tried = {_key(t, names) for t in able if t.state in (TrialState.COMPLETE, TrialState.PRUNED)}
+    lost = _typical_loss_after(trials, float(signs[0]))
     numbers, params, values, doubts = [], [], [], []
-    for t in able:
+    for t in trials:
         value, doubt = np.full(len(signs), math.inf), 0.0
         feasible = is_feasible(t)
         if t.state == TrialState.COMPLETE:
@@ -99,23 +161,26 @@ def read(
             if whole and len(signs) == 1 and t.last_step is not None:
                 reached = float(signs[0]) * t.intermediate_values[t.last_step]
                 value = np.array([reached + lost.get(t.last_step, 0.0)])
-        elif t.state == TrialState.FAIL and _key(t, names) not in tried:
-            doubt = _DOUBT_FAILED
+        elif t.state == TrialState.FAIL:
+            broke = has_diverged(t) or t.number in diverged
+            doubt = _DOUBT_PRUNED if broke else _DOUBT_FAILED
         else:
             continue
         numbers.append(t.number)
         params.append(t.params)
         values.append(np.where(np.isfinite(value), value, math.inf))
         doubts.append(doubt**2)
-    running = [t.params for t in able if t.state == TrialState.RUNNING]
+    running = [t.params for t in trials if t.state == TrialState.RUNNING]
     stacked = np.array(values, dtype=float).reshape(len(values), len(signs))
     return History(numbers, params, stacked, np.array(doubts), running)
 
 
 def has_diverged(trial: FrozenTrial) -> bool:
-    """Whether training broke: pruned for that, or without a finite value to show for it."""
+    """Whether training broke: ended for that, or pruned without a finite value to show for it."""
     if not is_feasible(trial):
         return False
+    if trial.state == TrialState.FAIL:
+        return tells_of_divergence(trial)
     if trial.state == TrialState.PRUNED:
         reports = trial.intermediate_values.values()
         return tells_of_divergence(trial) or not any(map(math.isfinite, reports))
@@ -123,7 +188,7 @@ def has_diverged(trial: FrozenTrial) -> bool:
 
 
 def tells_of_divergence(trial: FrozenTrial) -> bool:
-    """Whether it was pruned for that, or has reported a value that is not finite."""
+    """Whether it says that it ended for that, or has reported a value that is not finite."""
     reason = str(trial.user_attrs.get(attributes.PRUNE_REASON, ""))
     reports = trial.intermediate_values.values()
     return reason.startswith(attributes.DIVERGED) or not all(map(math.isfinite, reports))
@@ -162,8 +227,9 @@ def scalarised(values: Array, rng: np.random.Generator) -> Array:
 def informed(prior: ScalingPrior, trials: Iterable[FrozenTrial]) -> ScalingPrior:
     """The prior after the gradient noise scales that trials have measured."""
     readings = [t.user_attrs.get(attributes.NOISE_SCALE) for t in trials]
-    usable = [r for r in readings if isinstance(r, int | float) and math.isfinite(r) and r > 0]
-    return prior.with_noise_scale(float(np.median(usable))) if usable else prior
+    usable = [r for r in readings if isinstance(r, int | float) and 0 < r < math.inf]
+    logs = [math.log(r) for r in usable]  # of an int of any size
+    return prior.with_noise_scale(math.exp(min(np.median(logs), _LARGEST))) if logs else prior
 
 
 def _typical_loss_after(trials: Iterable[FrozenTrial], sign: float) -> dict[int, float]:

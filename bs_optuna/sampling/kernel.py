@@ -16,9 +16,7 @@ Array = NDArray[np.float64]
 _CACHED = 2**15
 
 
-def covariance(
-    log_variance: Array, left: tuple[Array, Array], right: tuple[Array, Array]
-) -> Array:
+def covariance(log_variance: Array, left: tuple[Array, Array], right: tuple[Array, Array]) -> Array:
     """Prior covariance between two sets of points at each sample, (S, N, N').
 
     Args:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +16,14 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from bs_optuna.errors import ConfigError
 from bs_optuna.errors import StudyError
+from bs_optuna.sampling import attributes
 from bs_optuna.sampling import history
 from bs_optuna.sampling.answer import Answer
 from bs_optuna.sampling.blas import one_thread
 from bs_optuna.sampling.cliff import Cliff
+from bs_optuna.sampling.cliff import failed_above
 from bs_optuna.sampling.fit import THOROUGH
 from bs_optuna.sampling.fit import Fit
 from bs_optuna.sampling.recommendation import Recommendation
@@ -38,10 +43,10 @@ def recommend(
     *,
     batch_size: int | None = None,
     prior: str | ScalingPrior | None = None,
-    batch_size_name: str = "batch_size",
-    learning_rate_name: str = "lr",
-    momentum_name: str = "momentum",
-    weight_decay_name: str = "weight_decay",
+    batch_size_name: str | None = None,
+    learning_rate_name: str | None = None,
+    momentum_name: str | None = None,
+    weight_decay_name: str | None = None,
     seed: int = 0,
 ) -> Recommendation:
     """The setting that a study supports, by posterior mean instead of the luckiest trial.
@@ -53,24 +58,22 @@ def recommend(
         study: Any Optuna study with one objective and the two parameters, whoever sampled it.
         batch_size: Ask for the learning rate of this batch size, tried or not; the other
             parameters are those of the best trial. None asks for the best setting tried.
-        prior: Optimizer or belief; None takes that of the study's CoupledSampler, if it has one.
-        batch_size_name: Name of the batch size in the study.
-        learning_rate_name: Name of the learning rate in the study.
-        momentum_name: Name of the momentum in the study, if it has one; as in `CoupledSampler`.
-        weight_decay_name: Name of the weight decay, likewise.
+        prior: Optimizer or belief; None takes that of the study's CoupledSampler, if it has one, or
+            what `bs_optuna.tune` has noted in a study of its own.
+        batch_size_name: Name of the batch size in the study; None, here and below, is the name that
+            the study's CoupledSampler was given, or else ``"batch_size"``.
+        learning_rate_name: Name of the learning rate in the study; ``"lr"``.
+        momentum_name: Name of the momentum in the study, if it has one, as in `CoupledSampler`;
+            ``"momentum"``.
+        weight_decay_name: Name of the weight decay, likewise; ``"weight_decay"``.
         seed: Of the random numbers behind the averages.
 
     Raises:
-        StudyError: The study lacks the parameters, has too few trials that completed with a finite
-            value and without violating a constraint, or several objectives, or the batch size is
-            not a positive whole number.
+        StudyError: The study lacks the parameters, has fewer than three trials that completed with
+            a finite value and without violating a constraint, or several objectives, or the batch
+            size is not a positive whole number.
     """
-    names = Names(
-        batch_size=batch_size_name,
-        learning_rate=learning_rate_name,
-        momentum=momentum_name,
-        weight_decay=weight_decay_name,
-    )
+    names = _names(study, batch_size_name, learning_rate_name, momentum_name, weight_decay_name)
     return _answers(study, [batch_size], prior, names, seed)[0]
 
 
@@ -79,8 +82,10 @@ def recommend_each(
     batch_sizes: Sequence[int],
     *,
     prior: str | ScalingPrior | None = None,
-    batch_size_name: str = "batch_size",
-    learning_rate_name: str = "lr",
+    batch_size_name: str | None = None,
+    learning_rate_name: str | None = None,
+    momentum_name: str | None = None,
+    weight_decay_name: str | None = None,
     seed: int = 0,
 ) -> list[Recommendation]:
     """What `recommend` says for each of several batch sizes, for about the price of one.
@@ -91,12 +96,14 @@ def recommend_each(
         prior: Optimizer or belief.
         batch_size_name: Name of the batch size in the study.
         learning_rate_name: Name of the learning rate in the study.
+        momentum_name: Name of the momentum in the study.
+        weight_decay_name: Name of the weight decay in the study.
         seed: Of the random numbers behind the averages.
 
     Raises:
         StudyError: As for `recommend`.
     """
-    names = Names(batch_size=batch_size_name, learning_rate=learning_rate_name)
+    names = _names(study, batch_size_name, learning_rate_name, momentum_name, weight_decay_name)
     return _answers(study, batch_sizes, prior, names, seed)
 
 
@@ -126,10 +133,11 @@ def _answers(
         )
     belief = _prior(study, prior)
     # One that was pruned early may lack parameters that all the others have.
-    trials = [t for t in trials if all(axis.name in t.params for axis in space.axes)]
+    trials = history.telling(trials, [axis.name for axis in space.axes])
     cliff = Cliff.seen_in(trials, space, adds_up=belief.momentum_exponent > 0)
-    trials = [t for t in trials if not history.has_diverged(t)]
-    seen = history.read(trials, study.directions, [axis.name for axis in space.axes])
+    broke = failed_above(trials, space)
+    trials = [t for t in trials if not history.has_diverged(t) and t.number not in broke]
+    seen = history.read(trials, study.directions)
     belief = history.informed(belief, trials)
     sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
     with one_thread():
@@ -167,7 +175,8 @@ def _space(trials: Sequence[FrozenTrial], names: tuple[str, str]) -> dict[str, B
     """The shared space; a range of the two that changed is replaced by what was tried."""
     space = dict(history.shared_space(trials))
     for name in names:
-        if name not in space:
+        if len({repr(t.distributions[name]) for t in trials}) > 1 or name not in space:
+            space.pop(name, None)
             tried = [t.params[name] for t in trials]
             if not all(isinstance(v, int | float) and v > 0 for v in tried):
                 continue
@@ -178,9 +187,27 @@ def _space(trials: Sequence[FrozenTrial], names: tuple[str, str]) -> dict[str, B
     return space
 
 
+def _names(study: Study, *names: str | None) -> Names:
+    """Those that are given, else those of the study's sampler, else the usual ones."""
+    known = study.sampler.names if isinstance(study.sampler, CoupledSampler) else Names()
+    fields = ("batch_size", "learning_rate", "momentum", "weight_decay")
+    given = {f: name for f, name in zip(fields, names, strict=True) if name is not None}
+    return replace(known, **given)
+
+
 def _prior(study: Study, prior: str | ScalingPrior | None) -> ScalingPrior:
     if isinstance(prior, ScalingPrior):
         return prior
     if prior is None and isinstance(study.sampler, CoupledSampler):
         return study.sampler.prior
-    return ScalingPrior.for_optimizer(prior or "unknown")
+    return _noted(study) if prior is None else ScalingPrior.for_optimizer(prior)
+
+
+def _noted(study: Study) -> ScalingPrior:
+    """What the command line has sampled a study with; others say nothing, or something else."""
+    noted = study.user_attrs
+    with suppress(KeyError, TypeError, ConfigError):
+        belief = ScalingPrior.for_optimizer(noted[attributes.EXPERIMENT]["optimizer"])
+        reference = noted[attributes.CONFIG]["reference"]
+        return belief if reference is None else belief.with_reference(*reference)
+    return ScalingPrior.for_optimizer("unknown")

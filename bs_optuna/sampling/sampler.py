@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from optuna.distributions import BaseDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 from optuna.samplers import BaseSampler
+from optuna.samplers import TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
@@ -23,9 +24,11 @@ from bs_optuna.errors import ConfigError
 from bs_optuna.sampling import history
 from bs_optuna.sampling.acquisition import suggest
 from bs_optuna.sampling.blas import one_thread
+from bs_optuna.sampling.cliff import failed_above
 from bs_optuna.sampling.cost import measured
 from bs_optuna.sampling.fit import QUICK
 from bs_optuna.sampling.fit import Fit
+from bs_optuna.sampling.notices import Notices
 from bs_optuna.sampling.space import Names
 from bs_optuna.sampling.space import Space
 from bs_optuna.sampling.start import start_point
@@ -34,12 +37,8 @@ from bs_optuna.science.prior import ScalingPrior
 
 Array = NDArray[np.float64]
 
-_logger = logging.getLogger(__name__)
-
 # Three trials along the ridge come before the model has a say.
 _START_TRIALS = 3
-# How trials end that had all of their parameters, as a rule.
-_TOLD = (TrialState.COMPLETE, TrialState.PRUNED)
 _ANY_LEARNING_RATE = FloatDistribution(1e-12, 1e6, log=True)
 
 
@@ -58,14 +57,17 @@ class CoupledSampler(BaseSampler):
             learning rate (to lr / (1 - momentum), if the two go together).
         reference: A batch size and a learning rate known to work; the first trial, if they are in
             range. Where momentum is tuned, the learning rate is that for a momentum of 0.9.
-        cost: User attribute that holds what a trial cost, such as "seconds" (which falls back to
-            the trial's duration). Expected improvement is then divided by the expected cost to a
-            power that falls from 1 towards 0 with the number of trials: cheap settings first, the
-            best one in the end. None counts every trial as equally expensive.
-        seed: Makes suggestions repeatable.
+        cost: User attribute that holds what a completed trial cost, such as "seconds" (which falls
+            back to the trial's duration). Expected improvement is then divided by the expected cost
+            to a power that falls from 1 towards 0 with the number of trials: cheap settings first,
+            the best one in the end. None counts every trial as equally expensive.
+        seed: Makes the suggestions of a new sampler repeatable, for one trial at a time: those for
+            trials that run at once depend on which of them ends first, and a sampler that has
+            worked before begins with what it has found.
 
     Raises:
-        ConfigError: The optimizer is unknown, or the reference is not positive.
+        ConfigError: The optimizer is unknown, the reference is no pair of positive numbers, or two
+            parameters have the same name.
     """
 
     def __init__(
@@ -80,12 +82,14 @@ class CoupledSampler(BaseSampler):
         cost: str | None = None,
         seed: int | None = None,
     ) -> None:
-        if batch_size == learning_rate:
+        named = [batch_size, learning_rate, momentum, weight_decay]
+        if twice := [name for name in named if named.count(name) > 1]:
             raise ConfigError(
-                f"batch_size and learning_rate are both named {batch_size!r}; name two parameters."
+                f"{twice[0]!r} stands for two of batch_size, learning_rate, momentum and "
+                "weight_decay; name different parameters."
             )
         belief = prior if isinstance(prior, ScalingPrior) else ScalingPrior.for_optimizer(prior)
-        self._prior = belief if reference is None else belief.with_reference(*reference)
+        self._prior = belief if reference is None else belief.with_reference(*_pair(reference))
         self._names = Names(
             batch_size=batch_size,
             learning_rate=learning_rate,
@@ -97,17 +101,26 @@ class CoupledSampler(BaseSampler):
         self._walkers: Array | None = None
         self._given: dict[tuple[str, int], dict[str, Any]] = {}
         self._read: tuple[Study, int, list[FrozenTrial]] | None = None
-        self._warned: set[str] = set()
+        self._notices = Notices()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Other threads write to what was given; elsewhere none of these trials is under way.
+        return {**self.__dict__, "_given": {}, "_read": None}
 
     @property
     def prior(self) -> ScalingPrior:
         """The belief about the ridge that the sampler starts from."""
         return self._prior
 
+    @property
+    def names(self) -> Names:
+        """What it takes for batch size, learning rate, momentum and weight decay."""
+        return self._names
+
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """The parameters that all finished trials share."""
+        """The parameters that all finished trials share, with their newest ranges."""
         trials = study.get_trials(deepcopy=False)
         self._read = (study, trial.number, trials)
         return history.shared_space(self._whole(trials))
@@ -139,11 +152,12 @@ class CoupledSampler(BaseSampler):
     ) -> dict[str, Any]:
         trials = [t for t in trials if t.number != trial.number]
         space = self._space(search_space)
-        self._warn_of_no_ridge(space, trials)
+        self._notices.no_ridge(space, self._names, trials)
         rng = self._rng(trial)
         fixed = space.fixed(_known(trial))
-        seen = history.read(trials, study.directions, search_space)
-        under_way = self._under_way(study.study_name, trials, set(search_space))
+        told = history.telling(trials, search_space)
+        seen = history.read(told, study.directions, failed_above(told, space))
+        under_way = self._under_way(study.study_name, trials, set(search_space), trial.number)
         seen = replace(seen, running=[*seen.running, *under_way])
         prior = history.informed(self._prior, trials)
         if len(seen) < _START_TRIALS:
@@ -151,20 +165,23 @@ class CoupledSampler(BaseSampler):
             index = self._place(trial, trials)
             return space.params(start_point(space, prior, index, rng, fixed, taken))
         costs = {} if self._cost is None else measured(trials, self._cost)
-        self._warn_of_no_costs(costs, trials)
+        self._notices.no_costs(self._cost, costs, trials)
         fit = Fit(space, prior, seen, rng, effort=QUICK, walkers=self._walkers)
         self._walkers = fit.walkers
         return space.params(suggest(fit, rng, fixed, costs))
 
     def _under_way(
-        self, study_name: str, trials: Sequence[FrozenTrial], names: set[str]
+        self, study_name: str, trials: Sequence[FrozenTrial], names: set[str], before: int
     ) -> list[dict[str, Any]]:
         """What other threads were given a moment ago and have not stored yet."""
         stored = {t.number for t in trials if t.state.is_finished() or names <= set(t.params)}
         for key in [k for k in self._given if k[0] == study_name and k[1] in stored]:
             del self._given[key]
-        given = (params for (study, _), params in self._given.items() if study == study_name)
-        return [params for params in given if names <= set(params)]
+        # Hyperband shows each of its brackets only the trials of that.
+        numbers = {t.number for t in trials}
+        hidden = set(range(before)) - numbers
+        given = [(k[1], p) for k, p in self._given.items() if k[0] == study_name]
+        return [p for number, p in given if names <= set(p) and number not in hidden]
 
     def sample_independent(
         self,
@@ -176,19 +193,23 @@ class CoupledSampler(BaseSampler):
         """Suggest one parameter that the shared model cannot: at the start, or conditional."""
         rng = self._rng(trial, param_name)
         trials = study.get_trials(deepcopy=False)
-        told = [t for t in trials if t.state in _TOLD and t.params]
+        shared = history.shared_space(self._whole(trials))
+        known = shared.get(param_name)
+        if known != param_distribution and history.is_alike(known, param_distribution):
+            # What was suggested from the range known so far is out of the new one.
+            now = {**shared, param_name: param_distribution}
+            with one_thread():
+                return self._suggested(study, trial, now, trials)[param_name]
+        told = [t for t in trials if t.state in history.TOLD and t.params]
         if any(t.distributions.get(param_name) != param_distribution for t in told):
-            self._warn_once(
-                f"Parameter {param_name!r} is not in every trial with the same range, so it is "
-                "sampled apart from the model; give it one range in all trials to have it modelled."
-            )
-            alone = self._space({param_name: param_distribution})
-            return alone.params(alone.uniform(rng, 1)[0])[param_name]
+            self._notices.apart(param_name)
+            alone = TPESampler(seed=int(rng.integers(2**31)))
+            return alone.sample_independent(study, trial, param_name, param_distribution)
         space = self._space({**self._company(trial, param_name), param_name: param_distribution})
         fixed = space.fixed(_known(trial))
         names = {axis.name for axis in space.axes}
-        others = [t.params for t in trials if t.number != trial.number and names <= set(t.params)]
-        taken = space.coordinates(others)
+        others = [t for t in self._whole(trials) if t.number != trial.number]
+        taken = space.coordinates([t.params for t in others if names <= set(t.params)])
         index = self._place(trial, trials)
         point = start_point(space, self._prior, index, rng, fixed, taken)
         return space.params(point)[param_name]
@@ -205,16 +226,7 @@ class CoupledSampler(BaseSampler):
         return sum(t.number < trial.number for t in self._whole(trials))
 
     def _whole(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-        """All but those that broke off before they had batch size and learning rate.
-
-        If the study has both, that is: the trials that told tell. Where there are none yet, a
-        single failure without one of the two has broken off, but a second one says otherwise.
-        """
-        trials = [t for t in trials if t.params or not t.state.is_finished()]
-        told = [t.params for t in trials if t.state in _TOLD]
-        names = {self._names.batch_size, self._names.learning_rate}.intersection(*told)
-        whole = [t for t in trials if t.state != TrialState.FAIL or names <= t.params.keys()]
-        return whole if told or len(trials) - len(whole) < 2 else trials
+        return history.whole(trials, {self._names.batch_size, self._names.learning_rate})
 
     def _company(self, trial: FrozenTrial, name: str) -> dict[str, BaseDistribution]:
         """What a parameter suggested alone has to fit: batch size and momentum for lr, and so on.
@@ -238,39 +250,6 @@ class CoupledSampler(BaseSampler):
             company[names.learning_rate] = _ANY_LEARNING_RATE
         return company
 
-    def _warn_of_no_ridge(self, space: Space, trials: Sequence[FrozenTrial]) -> None:
-        """Where there is none by mistake: names that no trial has, or values that are no numbers.
-
-        One that is fixed, or has other ranges in other trials, is known under its name.
-        """
-        axes = {axis.name for axis in space.axes}
-        told = [t for t in trials if t.state in _TOLD]
-        if space.ridge is not None or len(axes) < 2 or not told:
-            return
-        names = (self._names.batch_size, self._names.learning_rate)
-        apart = [name for name in names if name not in axes]
-        if apart and all(any(name in t.params for t in told) for name in apart):
-            return
-        self._warn_once(
-            f"The parameters of all trials are {', '.join(sorted(axes))}; without a batch size "
-            f"{names[0]!r} and a learning rate {names[1]!r} that are positive numbers, nothing is "
-            "coupled and no reference used. Name them: "
-            "CoupledSampler(batch_size=..., learning_rate=...)."
-        )
-
-    def _warn_of_no_costs(self, costs: Mapping[int, float], trials: Sequence[FrozenTrial]) -> None:
-        completed = any(t.state == TrialState.COMPLETE for t in trials)
-        if self._cost is not None and completed and not costs:
-            self._warn_once(
-                f"No trial has a positive number as its user attribute {self._cost!r}, so cost is "
-                f"left out; store it: trial.set_user_attr({self._cost!r}, ...)."
-            )
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            _logger.warning("%s", message)
-
     def _space(self, search_space: Mapping[str, BaseDistribution]) -> Space:
         return Space(search_space, self._names)
 
@@ -282,3 +261,18 @@ class CoupledSampler(BaseSampler):
 def _known(trial: FrozenTrial) -> dict[str, Any]:
     """Values that this trial has already, enqueued or suggested: no sampler can change them."""
     return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+
+
+def _pair(reference: object) -> tuple[float, float]:
+    """A batch size and a learning rate.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if isinstance(reference, Sequence) and len(reference) == 2:
+        batch_size, learning_rate = reference
+        if isinstance(batch_size, Real) and isinstance(learning_rate, Real):
+            return float(batch_size), float(learning_rate)
+    raise ConfigError(
+        f"reference={reference!r}; must be a batch size and a learning rate, as in (64, 1e-3)."
+    )

@@ -36,7 +36,7 @@ _LENGTH_Z = (math.log(0.8), 0.6)
 _LENGTH_U = (0.0, 0.6)
 _LENGTH_OTHER = (0.0, 0.8)
 _AMPLITUDE = (math.log(0.7), 0.5)
-_NOISE = (math.log(0.03), 1.0)
+_NOISE = math.log(0.03)  # its deviation depends on what the model is for
 # Deviation of the weights of the valley (mean 1: where lr is wrong, training is worse) and of its
 # tilt (too large a learning rate may be worse than too small a one, or the reverse).
 _VALLEY_SD = 1.0
@@ -94,6 +94,7 @@ class Model:
         log_batch_sizes: Lowest and highest ln B; None likewise.
         owners: Parameter of each other feature, (D,).
         nominal: Whether each other feature belongs to a nominal parameter, (D,).
+        log_noise_sd: How far the logarithm of the noise may be from what it usually is.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Model:
         log_batch_sizes: tuple[float, float] | None,
         owners: NDArray[np.int_],
         nominal: NDArray[np.bool_],
+        log_noise_sd: float = 1.0,
     ) -> None:
         self._anchor = anchor
         groups, self._groups = np.unique(owners, return_inverse=True)
@@ -120,8 +122,8 @@ class Model:
         if anchor is not None:
             mean += [_LENGTH_Z[0] + growth, _LENGTH_U[0] + growth]
             sd += [_LENGTH_Z[1], _LENGTH_U[1]]
-        mean += [_LENGTH_OTHER[0] + growth] * count + [_AMPLITUDE[0], _NOISE[0]]
-        sd += [_LENGTH_OTHER[1]] * count + [_AMPLITUDE[1], _NOISE[1]]
+        mean += [_LENGTH_OTHER[0] + growth] * count + [_AMPLITUDE[0], _NOISE]
+        sd += [_LENGTH_OTHER[1]] * count + [_AMPLITUDE[1], log_noise_sd]
         self._mean, self._sd = np.array(mean), np.array(sd)
 
     @property

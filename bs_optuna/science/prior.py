@@ -149,11 +149,13 @@ class ScalingPrior:
     def from_study(cls, study: Study, *, prior: str | ScalingPrior | None = None) -> ScalingPrior:
         """What another study has learned, as a new one's belief.
 
-        A study whose parameters have other names: `from_evidence(recommend(study, ...))`.
+        A study whose parameters have names that its sampler does not know:
+        `from_evidence(recommend(study, batch_size_name=..., ...))`, with all of them.
 
         Args:
             study: Any Optuna study that `recommend` has an answer for.
-            prior: Its optimizer or belief; None takes that of its CoupledSampler, if it has one.
+            prior: Its optimizer or belief; None takes that which it was sampled with, as far as
+                `recommend` knows it.
 
         Raises:
             StudyError: As for `recommend`.
@@ -183,7 +185,7 @@ class ScalingPrior:
             ),
             reference_batch_size=evidence.batch_size,
             learning_rate=evidence.learning_rate,
-            learning_rate_log_sd=min(learning_rate_sd, LOG_3),
+            learning_rate_log_sd=learning_rate_sd,
             momentum_exponent=evidence.momentum_exponent,
             reference_momentum=(
                 TYPICAL_MOMENTUM if evidence.momentum is None else evidence.momentum
@@ -210,9 +212,9 @@ class ScalingPrior:
             ConfigError: The noise scale is not positive.
         """
         _require_positive("noise_scale", noise_scale)
-        before, after = self.critical_batch_size_log_sd**-2, LOG_3**-2
-        mean = math.log(noise_scale)
+        mean, before, after = math.log(noise_scale), 0.0, LOG_3**-2
         if self.critical_batch_size is not None:
+            before = self.critical_batch_size_log_sd**-2
             mean = (before * math.log(self.critical_batch_size) + after * mean) / (before + after)
         return replace(
             self,

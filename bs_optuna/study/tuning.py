@@ -204,7 +204,12 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
         sampler=CoupledSampler(prior=optimizer, reference=config.reference, seed=config.seed),
         pruner=_Pruner(warmup=low[min(1, len(low) - 1)].resource or 0),
     )
-    experiment = {"task": Path(config.task).name, "optimizer": optimizer, "budget": str(budget)}
+    experiment = {
+        "task": Path(config.task).name,
+        "objective": task.objective,
+        "optimizer": optimizer,
+        "budget": str(budget),
+    }
     _check_experiment(study, experiment)
     _name_value(study, f"validation {task.objective}")
     shown = without_password(storage)
@@ -271,9 +276,9 @@ def _check_experiment(study: optuna.Study, experiment: dict[str, str]) -> None:
         study.set_user_attr(attributes.EXPERIMENT, experiment)
         return
     for key, value in experiment.items():
-        if stored.get(key) != value:
+        if stored.get(key, value) != value:
             raise StudyError(
-                f"Study {study.study_name!r} was made with {key}={stored.get(key)}, now {value}; "
+                f"Study {study.study_name!r} was made with {key}={stored[key]}, now {value}; "
                 "values would not compare. Use another study name (--study)."
             )
 

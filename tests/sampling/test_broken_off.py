@@ -63,11 +63,30 @@ def test_a_third_parameter_that_was_not_asked_for_yet_stays_in_the_middle(
     study = optuna.create_study(sampler=CoupledSampler(reference=REFERENCE, seed=0))
     with caplog.at_level(logging.WARNING, logger="bs_optuna"):
         study.optimize(objective, n_trials=3, catch=(OSError,))
-    first, up, down = study.trials
+    failed, first, up = study.trials
+    assert first.params == {**failed.params, "dropout": 0.25}
     assert first.params["batch_size"] == 256
-    assert [t.params["dropout"] for t in (up, down)] == [0.25, 0.25]
-    assert up.params["batch_size"] > 256 > down.params["batch_size"]
+    assert up.params["batch_size"] > 256
+    assert up.params["dropout"] == 0.25
     assert not warned(caplog)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_reference_that_failed_once_is_tried_once_more(failures: int) -> None:
+    """A first run fails for reasons of its own: a mistake, Ctrl-C, a worker that was killed."""
+
+    def objective(trial: optuna.Trial) -> float:
+        batch_size = trial.suggest_int("batch_size", 16, 4096, log=True)
+        value = loss(batch_size, trial.suggest_float("lr", 1e-5, 1e-1, log=True))
+        if trial.number < failures:
+            raise OSError
+        return value
+
+    study = optuna.create_study(sampler=CoupledSampler(reference=REFERENCE, seed=0))
+    study.optimize(objective, n_trials=4, catch=(OSError,))
+    first, again, *others = params(study)
+    assert first == again
+    assert first not in others
 
 
 def test_failures_without_a_batch_size_are_no_dead_end() -> None:

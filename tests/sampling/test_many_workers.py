@@ -14,6 +14,11 @@ from ridge_study import params
 from ridge_study import run
 
 from bs_optuna.sampling import CoupledSampler
+from bs_optuna.sampling import sampler
+from bs_optuna.sampling.fit import Fit
+from bs_optuna.sampling.history import History
+from bs_optuna.sampling.space import Space
+from bs_optuna.science.prior import ScalingPrior
 
 
 def test_ask_and_tell_with_running_trials_gives_different_points() -> None:
@@ -78,3 +83,30 @@ def test_four_processes_on_one_sqlite_study(tmp_path: Path) -> None:
     study = optuna.load_study(study_name="s", storage=storage)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 24
     assert len({tuple(sorted(p.items())) for p in params(study)}) == 24
+
+
+def test_what_other_brackets_have_finished_is_not_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Hyperband shows a sampler only the trials of one bracket."""
+    running = []
+
+    class Watched(Fit):
+        def __init__(self, space: Space, prior: ScalingPrior, seen: History, *rest, **more) -> None:  # type: ignore[no-untyped-def]
+            running.append(len(seen.running))
+            super().__init__(space, prior, seen, *rest, **more)
+
+    def reported(trial: optuna.Trial) -> float:
+        value = objective(trial)
+        for step in range(9):
+            trial.report(value, step)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return value
+
+    monkeypatch.setattr(sampler, "Fit", Watched)
+    pruner = optuna.pruners.HyperbandPruner(1, 9)
+    study = optuna.create_study(sampler=CoupledSampler(prior="adamw", seed=0), pruner=pruner)
+    study.optimize(reported, n_trials=20)
+    assert len(running) > 5
+    assert set(running) == {0}

@@ -126,3 +126,87 @@ def test_a_batch_size_is_a_positive_whole_number(batch_size: float) -> None:
     study.optimize(lambda t: loss(64, t.suggest_float("lr", 1e-5, 1.0, log=True), 1e-3), n_trials=3)
     with pytest.raises(StudyError, match=f"batch_size is {batch_size}; ask for a whole number"):
         recommend(study, batch_size=batch_size)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_failures_above_all_others_are_divergence(says: bool) -> None:
+    """Optuna stores a run that returns NaN as failed, and keeps no word of it."""
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_int("batch_size", 8, 1024, log=True)
+        lr = trial.suggest_float("lr", 1e-5, 1e-1, log=True)
+        if lr > 3e-3 and says:
+            trial.report(math.nan, 0)
+        return math.nan if lr > 3e-3 else -math.log(lr)
+
+    study = optuna.create_study(sampler=RandomSampler(seed=2))
+    study.optimize(objective, n_trials=40)
+    advice = recommend(study, batch_size=256)
+    assert 2e-3 < advice.learning_rate < 4e-3
+
+
+def test_failures_anywhere_are_no_divergence() -> None:
+    chance = np.random.default_rng(0)
+
+    def objective(trial: optuna.Trial) -> float:
+        batch_size = trial.suggest_int("batch_size", 8, 1024, log=True)
+        value = loss(batch_size, trial.suggest_float("lr", 1e-5, 1e-1, log=True), 1e-2)
+        return math.nan if chance.random() < 0.3 else value
+
+    study = optuna.create_study(sampler=RandomSampler(seed=0))
+    study.optimize(objective, n_trials=40)
+    assert recommend(study, batch_size=64).learning_rate == pytest.approx(1e-2, rel=0.3)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1e-4, 1e-2), (1e-6, 1.0)])
+def test_a_study_goes_on_in_another_range(
+    low: float, high: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        batch_size = trial.suggest_int("batch_size", 8, 1024, log=True)
+        ends = (1e-5, 1e-1) if trial.number < 8 else (low, high)
+        return loss(batch_size, trial.suggest_float("lr", *ends, log=True), 3e-4)
+
+    study = optuna.create_study(sampler=CoupledSampler(seed=0))
+    study.optimize(objective, n_trials=20)
+    assert min(t.value for t in study.trials[8:] if t.value is not None) < 0.31
+    assert not [r for r in caplog.records if r.name.startswith("bs_optuna")]
+
+
+def test_a_range_that_differs_from_trial_to_trial_is_kept_to() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        batch_size = trial.suggest_int("batch_size", 8, 1024, log=True)
+        sgd = trial.suggest_categorical("optimizer", ["sgd", "adamw"]) == "sgd"
+        lr = trial.suggest_float("lr", *((1e-3, 1.0) if sgd else (1e-5, 1e-2)), log=True)
+        return loss(batch_size, lr, 3e-2 if sgd else 3e-4)
+
+    study = optuna.create_study(sampler=CoupledSampler(seed=0))
+    study.optimize(objective, n_trials=25)
+    assert study.best_value < 0.31
+
+
+def test_a_parameter_that_joins_later_is_not_left_to_chance() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        batch_size = trial.suggest_int("batch_size", 8, 1024, log=True)
+        value = loss(batch_size, trial.suggest_float("lr", 1e-5, 1e-1, log=True), 3e-4)
+        return value if trial.number < 5 else value + (trial.suggest_float("late", 0, 1) - 0.3) ** 2
+
+    study = optuna.create_study(sampler=CoupledSampler(seed=0))
+    study.optimize(objective, n_trials=40)
+    last = np.array([t.params["late"] for t in study.trials[-12:]])
+    assert np.abs(last - 0.3).mean() < 0.17  # by chance 0.29
+
+
+def test_trials_that_end_at_once_are_not_taken_for_cheap_ones() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        batch_size = trial.suggest_int("batch_size", 8, 1024, log=True)
+        lr = trial.suggest_float("lr", 1e-5, 1e-1, log=True)
+        trial.set_user_attr("seconds", 0.5 if batch_size > 256 else 10.0)
+        trial.set_constraint("memory", batch_size / 256 - 1.0)
+        if batch_size > 256:
+            raise optuna.TrialPruned
+        return loss(batch_size, lr, 3e-4)
+
+    study = optuna.create_study(sampler=CoupledSampler(cost="seconds", seed=0))
+    study.optimize(objective, n_trials=24)
+    assert sum(t.params["batch_size"] > 256 for t in study.trials) <= 8

@@ -11,8 +11,10 @@ from optuna.samplers import RandomSampler
 
 from bs_optuna.errors import StudyError
 from bs_optuna.sampling import CoupledSampler
+from bs_optuna.sampling import attributes
 from bs_optuna.sampling import recommend
 from bs_optuna.sampling.recommend import recommend_each
+from bs_optuna.science.prior import ScalingPrior
 
 
 def best_learning_rate(batch_size: float) -> float:
@@ -134,3 +136,83 @@ def test_several_objectives() -> None:
     study = optuna.create_study(directions=["minimize", "minimize"])
     with pytest.raises(StudyError, match="2 objectives"):
         recommend(study)
+
+
+@pytest.mark.parametrize("batch_size", [1024, 8192])
+def test_far_beyond_the_range_the_interval_is_wider_and_holds_the_truth(batch_size: int) -> None:
+    """A learning rate in proportion to the batch size, which leaves the searched range behind."""
+
+    def linear(trial: optuna.Trial) -> float:
+        size = trial.suggest_int("batch_size", 8, 64, log=True)
+        lr = trial.suggest_float("lr", 2e-4, 4e-3, log=True)
+        return 0.1 * math.log(lr / (1e-3 * size / 32)) ** 2
+
+    study = optuna.create_study(sampler=RandomSampler(seed=0))
+    study.optimize(linear, n_trials=30)
+    # That it does not saturate is known: the data cannot tell.
+    prior = ScalingPrior(
+        exponent=1.0, exponent_sd=0.1, critical_batch_size=2**20, critical_batch_size_log_sd=0.5
+    )
+    near, far = recommend_each(study, [64, batch_size], prior=prior)
+    low, high = far.learning_rate_interval
+    assert low < 1e-3 * batch_size / 32 < high
+    assert high / low > near.learning_rate_interval[1] / near.learning_rate_interval[0]
+
+
+def test_where_all_is_alike_the_interval_holds_what_is_recommended() -> None:
+    for seed in range(6):
+        study = optuna.create_study(sampler=RandomSampler(seed=seed))
+        study.optimize(lambda t: 0.0 * objective(t), n_trials=12)
+        advice = recommend(study)
+        low, high = advice.learning_rate_interval
+        assert low <= advice.learning_rate * 1.0001
+        assert advice.learning_rate <= high * 1.0001
+
+
+def test_the_sampler_of_a_study_knows_the_names_and_the_prior() -> None:
+    def named(trial: optuna.Trial) -> float:
+        batch_size = trial.suggest_int("bs", 16, 4096, log=True)
+        off = math.log(trial.suggest_float("eta", 1e-5, 1e-1, log=True))
+        return (off - math.log(best_learning_rate(batch_size))) ** 2
+
+    sampler = CoupledSampler(prior="adamw", batch_size="bs", learning_rate="eta", seed=0)
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(named, n_trials=6)
+    known = recommend(study, batch_size=64)
+    study.sampler = RandomSampler()
+    told = recommend(
+        study, batch_size=64, prior="adamw", batch_size_name="bs", learning_rate_name="eta"
+    )
+    assert known == told
+    with pytest.raises(StudyError, match="has no parameter 'batch_size'; it has bs, eta"):
+        recommend(study)
+
+
+def test_a_study_of_the_command_line_knows_its_optimizer_and_reference() -> None:
+    study = study_of(RandomSampler(seed=0), 6)
+    prior = ScalingPrior.for_optimizer("adamw").with_reference(64, 2e-4)
+    expected = recommend(study, batch_size=1024, prior=prior)
+    assert recommend(study, batch_size=1024) != expected
+    study.set_user_attr(attributes.EXPERIMENT, {"optimizer": "adamw"})
+    study.set_user_attr(attributes.CONFIG, {"reference": [64, 2e-4]})
+    assert recommend(study, batch_size=1024) == expected
+    study.set_user_attr(attributes.EXPERIMENT, "somebody else's")
+    assert recommend(study, batch_size=1024) != expected
+
+
+def test_with_few_noisy_trials_the_interval_of_the_value_holds_what_it_should() -> None:
+    """It says 90 %, and few trials hardly tell a good setting from a lucky one."""
+    held = []
+    for seed in range(12):
+        noise = np.random.default_rng(seed)
+
+        def noisy(trial: optuna.Trial, noise: np.random.Generator = noise) -> float:
+            return objective(trial) + noise.normal(0.0, 0.05)
+
+        study = optuna.create_study(sampler=CoupledSampler(prior="adamw", seed=seed))
+        study.optimize(noisy, n_trials=8)
+        advice = recommend(study)
+        off = math.log(advice.learning_rate / best_learning_rate(advice.batch_size))
+        truth = 2.0 + 0.1 * off**2 + 0.02 * math.log(advice.batch_size / 128) ** 2
+        held.append(advice.value_interval[0] <= truth <= advice.value_interval[1])
+    assert sum(held) >= 8

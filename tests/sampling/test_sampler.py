@@ -158,7 +158,8 @@ def test_nothing_but_failures_is_no_dead_end() -> None:
         return math.nan
 
     study = run(failing, 8)
-    assert len({tuple(p.items()) for p in params(study)}) == 8
+    # The first one is tried twice: one failure may have any reason.
+    assert len({tuple(p.items()) for p in params(study)}) == 7
 
 
 def test_constraints_are_kept() -> None:
@@ -250,6 +251,8 @@ def test_a_new_study_starts_from_what_an_old_one_learned() -> None:
     old = run(n_trials=25)
     prior = ScalingPrior.from_study(old)
     assert prior == ScalingPrior.from_evidence(recommend(old))
+    low, high = recommend(old).learning_rate_interval
+    assert prior.learning_rate_log_sd > math.log(high / low) / 3.29
 
     def wide(trial: optuna.Trial) -> float:
         lr = trial.suggest_float("lr", 1e-6, 10.0, log=True)
@@ -287,5 +290,5 @@ def test_goes_on_in_an_sqlite_study_with_tpe_history(tmp_path: Path) -> None:
 
 
 def test_two_parameters_need_two_names() -> None:
-    with pytest.raises(ConfigError, match="both named 'lr'"):
+    with pytest.raises(ConfigError, match="'lr' stands for two"):
         CoupledSampler(batch_size="lr", learning_rate="lr")

@@ -71,6 +71,29 @@ def test_a_cost_that_no_trial_has_is_told(caplog: pytest.LogCaptureFixture) -> N
     )
 
 
+def test_parameters_that_are_not_in_all_trials_are_told_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def conditional(trial: optuna.Trial) -> float:
+        return objective(trial) + trial.suggest_float(f"only in {trial.number % 3}", 0.0, 1.0)
+
+    with caplog.at_level(logging.WARNING, logger="bs_optuna"):
+        run(conditional, 8)
+    (message,) = messages(caplog)
+    assert "is not in every trial, or not on the same scale, so TPE suggests it" in message
+
+
+@pytest.mark.parametrize("reference", [64, ("64", "1e-3"), (64,), (64, -1.0)])
+def test_a_reference_that_is_no_pair_of_numbers_is_refused(reference: object) -> None:
+    with pytest.raises(ConfigError, match=r"reference=.*\(64, 1e-3\)|must be positive"):
+        CoupledSampler(reference=reference)  # type: ignore[arg-type]
+
+
+def test_a_name_for_two_parameters_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'lr' stands for two of batch_size, learning_rate"):
+        CoupledSampler(momentum="lr")
+
+
 @pytest.mark.parametrize("prior", [None, int])
 def test_a_prior_that_is_no_name_is_refused_with_those_that_are(prior: object) -> None:
     with pytest.raises(ConfigError, match=r"No scaling prior for .*; choose one of .*, unknown\."):

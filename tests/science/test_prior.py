@@ -135,6 +135,8 @@ def test_noise_scale_informs_the_critical_batch_size() -> None:
     assert measured.critical_batch_size_log_sd < prior.critical_batch_size_log_sd
     both = ScalingPrior(exponent=1.0, exponent_sd=0.2, critical_batch_size=50.0)
     assert 50.0 < (both.with_noise_scale(5000.0).critical_batch_size or 0.0) < 5000.0
+    # Without a belief to weigh it against, it is taken for what it is: right within a factor of 3.
+    assert measured.critical_batch_size_log_sd == pytest.approx(math.log(3.0))
 
 
 def test_unknown_optimizer_names_the_known_ones() -> None:
