@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 POINTS = 9  # batch sizes at which the study is asked for the best learning rate
+DASH = 1.1  # factor from a batch size to each end of its dash, if it is the only one
 INK = "#1b2a41"
 RIDGE = "#e4572e"
 
@@ -94,11 +95,17 @@ def _draw_ridge(
 ) -> None:
     found = recommend_each(study, sizes, batch_size_name=names[0], learning_rate_name=names[1])
     low, high = zip(*(f.learning_rate_interval for f in found), strict=True)
-    axes.fill_between(sizes, low, high, color=RIDGE, alpha=0.13, linewidth=0, label="90 %")
-    axes.plot(sizes, [f.learning_rate for f in found], c=RIDGE, lw=2, label="best learning rate")
-    # The band may leave the plot where nothing was tried; the trials decide what is shown.
+    best = [f.learning_rate for f in found]
+    places: Sequence[float] = sizes
+    if len(sizes) == 1:  # a line needs two points; this is a dash
+        places = [sizes[0] / DASH, sizes[0] * DASH]
+        low, high, best = low * 2, high * 2, best * 2
+        axes.set_xlim(sizes[0] / 2, sizes[0] * 2)
+    axes.fill_between(places, low, high, color=RIDGE, alpha=0.13, linewidth=0, label="90 %")
+    axes.plot(places, best, c=RIDGE, lw=2, label="best learning rate")
+    # The band may leave the plot where nothing was tried; trials and line decide what is shown.
     rates = [t.params[names[1]] for t in study.get_trials(deepcopy=False) if names[1] in t.params]
-    axes.set_ylim(min(rates) / 1.6, max(rates) * 1.6)
+    axes.set_ylim(min(*rates, *best) / 1.6, max(*rates, *best) * 1.6)
 
 
 def _ranks(

@@ -144,6 +144,7 @@ def _evidence_rows(tuning: Tuning, conclusion: Conclusion | None) -> list[tuple[
     rows.append(("trials", _counts(tuning.study)))
     notes = _too_large(tuning.study)
     if conclusion is not None:
+        notes += _broken_promise(tuning, conclusion)
         notes += _luckiest(tuning.study, conclusion) + _edges(tuning, conclusion)
     return rows + [("note", note) for note in notes]
 
@@ -168,6 +169,26 @@ def _distance(trial: FrozenTrial, conclusion: Conclusion) -> float:
     batch_sizes = trial.params["batch_size"] / conclusion.batch_size
     rates = trial.params["lr"] / conclusion.learning_rate
     return float(max(batch_sizes, 1 / batch_sizes, rates, 1 / rates))
+
+
+def _broken_promise(tuning: Tuning, conclusion: Conclusion) -> list[str]:
+    """What to do where every new seed ends far worse than the trials let expect."""
+    name, evidence = tuning.task.objective, conclusion.evidence
+    found = conclusion.valid.get(name, [])
+    if evidence is None or len(found) < 2:
+        return []
+    low, high = evidence.value_interval
+    if tuning.study.direction == optuna.study.StudyDirection.MAXIMIZE:
+        broken = max(found) < low - (high - low)
+    else:
+        broken = min(found) > high + (high - low)
+    if not broken:
+        return []
+    return [
+        f"new seeds end with {name} {statistics.mean(found):.4g}, worse than the "
+        f"{evidence.value:.4g} that the trials promise: the setting is near where training breaks, "
+        "or the trials were lucky; run more trials, or take a smaller learning rate"
+    ]
 
 
 def _luckiest(study: optuna.Study, conclusion: Conclusion) -> list[str]:

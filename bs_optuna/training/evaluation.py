@@ -17,6 +17,7 @@ from bs_optuna.training.data import Data
 from bs_optuna.training.data import evaluation_batches
 from bs_optuna.training.data import length
 from bs_optuna.training.lost import Lost
+from bs_optuna.training.means import judged
 from bs_optuna.training.onednn import give_up_onednn
 from bs_optuna.training.onednn import working_onednn
 from bs_optuna.training.oom import OutOfMemory
@@ -33,6 +34,8 @@ _logger = logging.getLogger(__name__)
 class Evaluation:
     """Evaluates a model; halves its pieces when memory runs out, and leaves training's alone.
 
+    Warns of a loss or metric that is no mean, whose value depends on the size of the pieces.
+
     Args:
         task: Gives loss, metrics and what their means are taken over.
         batch_size: Samples in a piece, to begin with.
@@ -46,6 +49,7 @@ class Evaluation:
         self.lost = Lost()
         self._task = task
         self.batch_size = batch_size
+        self._judged = False  # whether loss and metrics are means
 
     def __call__(
         self, model: nn.Module, data: Data, *, within: AbstractContextManager[object]
@@ -112,7 +116,15 @@ class Evaluation:
             if weight == 0:  # the mean over nothing is NaN
                 continue
             outputs = call_model(model, inputs)
-            for name, function in functions.items():
-                sums[name] += float(function(outputs, targets)) * weight
+            values = {
+                name: float(function(outputs, targets)) for name, function in functions.items()
+            }
+            for name, value in values.items():
+                sums[name] += value * weight
             total += weight
+            if not self._judged:
+                self._judged = True  # also if memory runs out in there
+                self._judged = judged(
+                    functions, values, (inputs, targets), outputs, count=count, device=device
+                )
         return {name: value / total for name, value in sums.items()}

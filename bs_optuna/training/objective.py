@@ -29,6 +29,8 @@ from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
 from bs_optuna.training.random_states import private_random_state
+from bs_optuna.training.rehearsal import load_optimizers
+from bs_optuna.training.rehearsal import rehearse
 from bs_optuna.training.run_settings import OOM_BUDGET
 from bs_optuna.training.run_settings import RunSettings
 from bs_optuna.training.run_settings import check_enough
@@ -40,9 +42,6 @@ from bs_optuna.training.throughput import Throughput
 from bs_optuna.training.what_ran import what_ran
 
 
-# Samples of the step that is run before any limit is in force. Two, because BatchNorm cannot take
-# a single one.
-REHEARSAL_SAMPLES = 2
 # Evaluations of a trial, its end included: often enough to prune, seldom enough not to cost.
 EVALUATIONS = 5
 
@@ -103,7 +102,10 @@ class TrainingObjective:
         self.seed = seed
         self._checkpoints = checkpoints
         self._limit = limit_memory(self.device, memory_limit)
-        self._limit.warm_up(self._rehearse)
+        load_optimizers()
+        self._limit.warm_up(
+            lambda: rehearse(task, device=self.device, learning_rate=learning_rate[0], seed=seed)
+        )
         with private_random_state(self.device):
             self._memory_key = memory_key(
                 task, device=self.device, limit_bytes=self._limit.limit_bytes
@@ -279,21 +281,6 @@ class TrainingObjective:
         with private_random_state(self.device):
             _ = self._starting_sizes.predicted  # first: it takes its time, in which others learn
             return known_sizes(study.get_trials(deepcopy=False), self._memory_key)
-
-    def _rehearse(self) -> None:
-        """One full small step, so that nothing is set up for the first time under a limit."""
-        settings = RunSettings(
-            batch_size=min(REHEARSAL_SAMPLES, self.task.train_samples),
-            learning_rate=self._learning_rate[0],
-            budget=Budget("steps", 1),
-            seed=self.seed,
-            evaluations=1,
-        )
-        with private_random_state(self.device):
-            limit = limit_memory(self.device, None)
-            run = TrainingRun(self.task, settings, device=self.device, limit=limit)
-            for _ in run.checkpoints():
-                pass
 
 
 def _set(trial: optuna.Trial, stored: Mapping[str, object]) -> None:

@@ -38,6 +38,15 @@ _READ_AT_ONCE = 256  # samples, while the longest is sought
 class TrainingTask:
     """A model, its data, and how to judge it.
 
+    The model is called as ``model(*inputs)`` where the inputs are a tuple, ``model(**inputs)``
+    where they are a dict, else as ``model(inputs)``.
+
+    Loss and metrics are evaluated in pieces, whose size depends on batch size and memory, and the
+    loss is trained in microbatches: each must be a mean, of which that of the whole is the mean of
+    its parts. R2, AUC, F1, perplexity and sums are none, which a warning says: tune by a mean such
+    as the squared error. A loss with class weights is a mean over ``count``, which must be given:
+    ``count=lambda inputs, targets: weight[targets].sum()``.
+
     Attributes:
         model: Makes a new model; called once a trial, with PyTorch's random state seeded.
         train_data: A pair ``(inputs, targets)`` of pytrees of tensors, or a map-style ``Dataset``
@@ -45,7 +54,7 @@ class TrainingTask:
         valid_data: Likewise; trials are compared on it.
         test_data: Likewise; used once, for the recommended setting. Optional.
         loss: ``loss(outputs, targets)``, the mean over the samples (or over ``count``).
-        metrics: Further means to report, by name, each ``metric(outputs, targets)``.
+        metrics: Further means to report, by name, each ``metric(outputs, targets)``, over the same.
         optimizer: ``"adamw"``, ``"sgd"``, or a function of parameters and learning rate.
         objective: What trials are compared by: ``"loss"`` or the name of a metric.
         direction: ``"minimize"`` or ``"maximize"``.

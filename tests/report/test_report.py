@@ -10,6 +10,8 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
 from rich.console import Console
 
 from bs_optuna.config import StudyConfig
@@ -128,6 +130,27 @@ def test_the_picture_is_drawn(tuning: Tuning, tmp_path: Path) -> None:
     assert int.from_bytes(header[16:20], "big") > 1000
 
 
+@pytest.mark.parametrize("sizes", [[64], [8, 64]])
+def test_the_best_learning_rate_is_in_the_picture(sizes: list[int]) -> None:
+    study = optuna.create_study()
+    space = {
+        "batch_size": IntDistribution(8, 64, log=True),
+        "lr": FloatDistribution(1e-5, 1.0, log=True),
+    }
+    for lr in (1e-5, 2e-5, 4e-5):  # the best lies above all that were tried
+        for size in sizes:
+            params = {"batch_size": size, "lr": lr}
+            value = 1e-5 / lr
+            study.add_trial(optuna.create_trial(params=params, distributions=space, value=value))
+    axes = ridge_figure(study).axes[0]
+    (line,) = axes.lines
+    places, rates = line.get_data()
+    assert len(set(places)) > 1
+    for ends, limits in ((places, axes.get_xlim()), (rates, axes.get_ylim())):
+        assert limits[0] < min(ends) <= max(ends) < limits[1]
+    assert max(rates) > 1.6 * 4e-5
+
+
 def test_a_study_without_results_has_no_picture() -> None:
     with pytest.raises(StudyError, match="no complete trial"):
         ridge_figure(optuna.create_study())
@@ -194,6 +217,43 @@ def test_a_best_trial_that_is_not_recommended_is_explained(tuning: Tuning) -> No
         learning_rate=best.params["lr"] * 1.01,
     )
     assert "had the best value" not in shown(summary(tuning, same))
+
+
+@pytest.mark.parametrize(
+    ("direction", "worse", "ordinary"),
+    [
+        ("maximize", [0.88, -1.4], [0.88, 0.92]),
+        ("minimize", [1.42, 9.0], [1.42, 1.3]),
+        ("minimize", [1.42, 9.0], [9.0]),
+    ],
+)
+def test_new_seeds_that_end_worse_than_the_trials_promise_are_pointed_out(
+    tuning: Tuning, direction: str, worse: list[float], ordinary: list[float]
+) -> None:
+    conclusion = conclude(tuning, final_runs=0)
+    assert conclusion is not None
+    assert conclusion.evidence is not None
+    middle, interval = (0.98, (0.94, 0.99)) if direction == "maximize" else (1.1, (1.0, 1.2))
+    evidence = replace(conclusion.evidence, value=middle, value_interval=interval)
+    other = replace(
+        tuning,
+        study=optuna.create_study(direction=direction),
+        task=replace(tuning.task, objective="accuracy", direction=direction),
+    )
+    other.study.add_trials(tuning.study.trials)
+
+    def notes(found: list[float]) -> str:
+        valid = {"loss": [5.0, 5.0], "accuracy": found}
+        text = shown(summary(other, replace(conclusion, evidence=evidence, valid=valid)))
+        return " ".join(text.split())
+
+    mean = sum(worse) / 2
+    assert (
+        f"note new seeds end with accuracy {mean:.4g}, worse than the {middle:.4g} that the"
+        in notes(worse)
+    )
+    assert "run more trials, or take a smaller learning rate" in notes(worse)
+    assert "new seeds end" not in notes(ordinary)
 
 
 def test_a_trial_that_accumulated_shows_its_microbatches(tuning: Tuning) -> None:

@@ -43,3 +43,22 @@ def test_the_environment_can_be_asked_for_without_loading_torch() -> None:
     ).stdout
 
     assert output.split() == ["False", "False"]
+
+
+def test_the_first_trial_is_not_timed_while_torch_loads_its_compiler() -> None:
+    program = """
+import sys, optuna, torch
+from bs_optuna.tasks import digits
+from bs_optuna.training import Budget, TrainingObjective
+objective = TrainingObjective(
+    digits.task(), budget=Budget("steps", 1), batch_size=(8, 8), device=torch.device("cpu")
+)
+before = set(sys.modules)
+optuna.create_study().optimize(objective, n_trials=1)
+late = [name for name in set(sys.modules) - before if name.startswith("torch.")]
+print("torch._dynamo" in sys.modules, len(late) > 20)
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    assert output.split() == ["True", "False"]

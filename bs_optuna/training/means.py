@@ -1,0 +1,151 @@
+"""Warns of a loss or metric that is no mean, which the two halves of a piece of data show."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+import optree
+import torch
+from torch import nn
+
+from bs_optuna.training.batches import Batch
+from bs_optuna.training.batches import batch_length
+from bs_optuna.training.batches import take
+from bs_optuna.training.cutting import Count
+from bs_optuna.training.oom import classify
+from bs_optuna.training.random_states import random_states
+from bs_optuna.training.random_states import restore_random_states
+
+
+Function = Callable[[Any, Any], Any]
+FEWEST_SAMPLES = 4
+# Relative. Sums in single precision round less by far, and a smaller difference decides nothing.
+TOLERANCE = 1e-3
+ROUNDINGS = 4  # of the lowest precision: one for the whole and each half, and one to spare
+# Python's own filter forgets what it has shown whenever anything suspends it, as Optuna does.
+_told: set[str] = set()
+
+
+def judged(
+    functions: Mapping[str, Function],
+    values: Mapping[str, float],
+    batch: Batch,
+    outputs: Any,
+    *,
+    count: Count | None,
+    device: torch.device,
+) -> bool:
+    """Warns, once in this process, of each function that the halves show to be no mean.
+
+    Neither random states nor what a module keeps are changed, and a function that refuses half a
+    piece is taken for a mean; out of memory is raised.
+
+    Args:
+        functions: The loss, as ``"loss"``, and the metrics.
+        values: What they are for the piece.
+        batch: The piece, inputs and targets.
+        outputs: Of the model; there is no telling unless each leaf has the samples first.
+        count: What the means are taken over, if not the samples.
+        device: Whose random states are put back.
+
+    Returns:
+        Whether another piece would tell no more.
+    """
+    try:
+        samples = batch_length((batch, outputs))
+        if samples < FEWEST_SAMPLES or not _differ(batch[1]):
+            return False
+    except Exception as error:
+        _raise_out_of_memory(error)
+        return True
+    states = random_states(device)
+    try:
+        for name, function in functions.items():
+            if not _is_mean(function, values[name], batch, outputs, samples, count):
+                _warn(name, counted=count is not None)
+    finally:
+        restore_random_states(states, device)
+    return True
+
+
+def _differ(targets: Any) -> bool:
+    """Class weights, say, do not show in samples of a single class."""
+    leaves = optree.tree_leaves(targets)
+    return not leaves or any(bool((leaf[1:] != leaf[:-1]).any()) for leaf in leaves)
+
+
+def _is_mean(
+    function: Function,
+    value: float,
+    batch: Batch,
+    outputs: Any,
+    samples: int,
+    count: Count | None,
+) -> bool:
+    """False only where it is certain that it is none."""
+    halves = (slice(0, samples // 2), slice(samples // 2, None))
+    try:
+        if isinstance(function, nn.Module):  # all that it holds, but for the parameters
+            function = copy.deepcopy(function, {id(p): p for p in function.parameters()})
+        found, weights = [], []
+        for half in halves:
+            part = take(batch, half)
+            weights.append(float(count(*part)) if count else float(batch_length(part)))
+            if weights[-1] == 0:
+                return True
+            found.append(function(take(outputs, half), part[1]))
+        tolerance = _tolerance([*found, *optree.tree_leaves(outputs)])
+        first, second = map(float, found)
+        mean = (first * weights[0] + second * weights[1]) / sum(weights)
+        allowed = tolerance * max(map(abs, (value, first, second)))
+        if not abs(mean - value) > allowed:  # nor if one is not finite
+            return True
+        # One that draws random numbers, or remembers, differs from itself.
+        return abs(float(function(outputs, batch[1])) - value) > allowed
+    except Exception as error:
+        _raise_out_of_memory(error)
+        return True
+
+
+def _raise_out_of_memory(error: Exception) -> None:
+    if classify(error) is not None:
+        raise error
+
+
+def _tolerance(results: list[Any]) -> float:
+    rounded = [
+        torch.finfo(result.dtype).eps
+        for result in results
+        if isinstance(result, torch.Tensor) and result.is_floating_point()
+    ]
+    return max(TOLERANCE, ROUNDINGS * max(rounded, default=0.0))
+
+
+def _warn(name: str, *, counted: bool) -> None:
+    over = "what count counts" if counted else "the samples"
+    what = "loss" if name == "loss" else f"metric {name!r}"
+    gradient = ", as do its gradients on the microbatch" if name == "loss" else ""
+    if counted:
+        remedy = f"return the mean over {over}, sums divided by count(inputs, targets)."
+    elif name == "loss":
+        remedy = (
+            "with class weights or padding pass what the loss is divided by, count=lambda inputs, "
+            "targets: weight[targets].sum(); instead of a sum return the mean."
+        )
+    else:
+        remedy = (
+            "choose as objective something that is a mean over the samples, such as the squared "
+            "error for R2 or the loss for AUC and F1."
+        )
+    text = (
+        f"The {what} is no mean over {over}: of data in pieces it is not the mean over the pieces. "
+        f"So its values depend on how large a piece of the data is evaluated at a time, and hence "
+        f"on batch size and memory{gradient}. Remedy: {remedy}"
+    )
+    if text not in _told:
+        _told.add(text)
+        warnings.warn(text, stacklevel=4)
