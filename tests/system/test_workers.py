@@ -78,7 +78,7 @@ def wait_for(path: Path, lines: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV"])
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV", "SIGTERM"])
 def test_a_death_costs_one_attempt_which_goes_on_from_its_checkpoint(
     tmp_path: Path, name: str
 ) -> None:
