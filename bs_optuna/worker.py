@@ -135,21 +135,25 @@ def _run_trials(
 ) -> None:
     import torch
 
+    from bs_optuna.study.storage_errors import named_storage_errors
     from bs_optuna.study.tuning import prepare
+    from bs_optuna.study.tuning import storage_of
     from bs_optuna.tasks.loading import load_task
 
     set_up_libraries()
     # Together they use the cores once; more threads than cores only wait for each other.
     torch.set_num_threads(max(1, torch.get_num_threads() // config.worker_processes))
-    tuning = prepare(config, load_task(config.task), checkpoints=checkpoints)
-    while _is_asked(pipe):
-        with interruption.deferred():
-            tuning.run_one(
-                created=lambda trial: _tell(pipe, "created", trial.number),
-                started=lambda trial: _tell(pipe, "started", trial.number),
-                ended=lambda study, trial: _tell(pipe, "ended", trial.number),
-                training=interruption.allowed,
-            )
+    task = load_task(config.task)
+    with named_storage_errors(storage_of(config, task)):
+        tuning = prepare(config, task, checkpoints=checkpoints)
+        while _is_asked(pipe):
+            with interruption.deferred():
+                tuning.run_one(
+                    created=lambda trial: _tell(pipe, "created", trial.number),
+                    started=lambda trial: _tell(pipe, "started", trial.number),
+                    ended=lambda study, trial: _tell(pipe, "ended", trial.number),
+                    training=interruption.allowed,
+                )
 
 
 def _is_asked(pipe: Connection) -> bool:
