@@ -41,7 +41,7 @@ class TaskError(UserError):
 
 
 class StudyError(UserError):
-    """A study cannot be opened, holds something else than what was asked for, or its storage fails."""
+    """A study cannot be opened or stored, or holds something else than what was asked for."""
 
 
 class WorkerError(UserError):
