@@ -121,6 +121,13 @@ def _file_name(value: object) -> object:
     return value
 
 
+def _given(value: object) -> object:
+    """Refuses what an unset variable of a shell leaves."""
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("must not be empty; leave it out for the default")
+    return value
+
+
 Whole = Annotated[int, BeforeValidator(_number)]
 
 
@@ -130,10 +137,10 @@ class StudyConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     task: str = Field("digits", description="built-in (digits, text), FILE.py or MODULE:NAME")
-    study: Annotated[str | None, BeforeValidator(_file_name)] = Field(
+    study: Annotated[str | None, BeforeValidator(_file_name), BeforeValidator(_given)] = Field(
         None, description="name of the study (default: that of the task)"
     )
-    storage: Annotated[str | None, BeforeValidator(_storage)] = Field(
+    storage: Annotated[str | None, BeforeValidator(_storage), BeforeValidator(_given)] = Field(
         None,
         description="storage URL, or an SQLite file; its folder is made if no more than that is "
         "missing (default: sqlite:///studies/STUDY.db)",

@@ -4,7 +4,7 @@ BsOptunaError
 ├── UserError                 a mistake that the user can mend: exit status 2, no traceback
 │   ├── ConfigError           a setting: unknown key, wrong type, inverted range
 │   ├── TaskError             the task: not found, not a task, data smaller than the batch
-│   ├── StudyError            the study: no database, read-only, another search space
+│   ├── StudyError            the study: no database, read-only, another search space, disk full
 │   ├── WorkerError           worker processes end by an error, or die before any trial
 │   └── UntraceableError      the task's step cannot be predicted, only run
 ├── DivergedError             the loss or a metric of a training is no finite number
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 
 EXIT_INTERRUPTED = 130  # of the command and its workers; as a shell has it for Ctrl-C
+EXIT_TERMINATED = 143  # of the command; as a shell has it for SIGTERM
 
 
 class BsOptunaError(Exception):
@@ -40,7 +41,7 @@ class TaskError(UserError):
 
 
 class StudyError(UserError):
-    """A study cannot be opened, or holds something else than what was asked for."""
+    """A study cannot be opened or stored, or holds something else than what was asked for."""
 
 
 class WorkerError(UserError):

@@ -7,17 +7,23 @@ import difflib
 import io
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 from typing import NoReturn
 
 from bs_optuna.config import StudyConfig
 from bs_optuna.config import make_config
 from bs_optuna.errors import EXIT_INTERRUPTED
+from bs_optuna.errors import EXIT_TERMINATED
 from bs_optuna.errors import ConfigError
 from bs_optuna.errors import TrainingError
 from bs_optuna.errors import UserError
@@ -30,6 +36,7 @@ if TYPE_CHECKING:
 
     from bs_optuna.report.progress import Verbosity
     from bs_optuna.study.tuning import Tuning
+    from bs_optuna.training.task import TrainingTask
 
 PROGRAM = "python -m bs_optuna.tune"
 UNKNOWN = "unrecognized arguments: "  # how argparse begins to say so
@@ -42,11 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 1 if no trial could be completed or the task's own code raised an error; 2 after another
-        mistake of the user; 130 after Ctrl-C.
+        mistake of the user; 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    terminations: list[int] = []
     try:
-        return _tune(arguments)
+        status = _tune(arguments, terminations)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -57,10 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_NO_RESULT
     except KeyboardInterrupt:
         print("Interrupted before the first trial.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        status = EXIT_INTERRUPTED
+    return EXIT_TERMINATED if status == EXIT_INTERRUPTED and terminations else status
 
 
-def _tune(arguments: list[str]) -> int:
+def _tune(arguments: list[str], terminations: list[int]) -> int:
     options = vars(_parser().parse_args(arguments))
     verbosity: Verbosity = options.pop("verbosity")
     show_config = options.pop("show_config")
@@ -78,7 +87,8 @@ def _tune(arguments: list[str]) -> int:
     if dry_run:
         return _dry_run(config)
     _prepare_process(config, arguments)
-    return _run(config, arguments, verbosity)
+    with _sigterm_as_ctrl_c(terminations):
+        return _run(config, arguments, verbosity)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Find batch size and learning rate of a task together. Without arguments: a "
         "small convolutional network on handwritten digits.",
         epilog="Every setting may also stand in a TOML file, under its name with underscores. "
-        "The same command again goes on with the study.",
+        "The same command again goes on with the study, also after Ctrl-C and SIGTERM.",
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
@@ -158,16 +168,44 @@ def _prepare_process(config: StudyConfig, arguments: list[str]) -> None:
         os.execve(sys.executable, command, {**os.environ, **LIMIT_ENVIRONMENT})
 
 
+@contextmanager
+def _sigterm_as_ctrl_c(terminations: list[int]) -> Iterator[None]:
+    """A context in which SIGTERM does what Ctrl-C does; the first one is noted in the list."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no signal is heard here
+        return
+    process = os.getpid()
+    ctrl_c = signal.getsignal(signal.SIGINT)
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a child of the task's, forked, such as one of a Pool
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not terminations:  # timeout(1) sends it twice, and the second would cut the tidying up
+            terminations.append(number)
+            signal.raise_signal(signal.SIGINT)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if terminations or ctrl_c is not signal.SIG_IGN:  # a shell's background ignores Ctrl-C
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
+        signal.signal(signal.SIGTERM, before)
+
+
 def _run(config: StudyConfig, arguments: list[str], verbosity: Verbosity) -> int:
     # From here on with PyTorch and Optuna, whose import takes longer than all of the above.
     from rich.console import Console
 
-    from bs_optuna.report.summary import LINE_WIDTH
-    from bs_optuna.report.summary import summary
     from bs_optuna.study.blame import named_errors
     from bs_optuna.study.blame import set_up_of
-    from bs_optuna.study.conclusion import conclude
-    from bs_optuna.study.tuning import prepare
+    from bs_optuna.study.storage_errors import named_storage_errors
+    from bs_optuna.study.tuning import storage_of
     from bs_optuna.tasks.loading import load_task
     from bs_optuna.worker import set_up_libraries
 
@@ -178,6 +216,22 @@ def _run(config: StudyConfig, arguments: list[str], verbosity: Verbosity) -> int
         sys.stdout.reconfigure(errors="replace")
     with named_errors(set_up_of(config.task)):
         task = load_task(config.task)
+    with named_storage_errors(storage_of(config, task)):
+        return _run_task(task, config, arguments, console, verbosity)
+
+
+def _run_task(
+    task: TrainingTask,
+    config: StudyConfig,
+    arguments: list[str],
+    console: Console,
+    verbosity: Verbosity,
+) -> int:
+    from bs_optuna.report.summary import LINE_WIDTH
+    from bs_optuna.report.summary import summary
+    from bs_optuna.study.conclusion import conclude
+    from bs_optuna.study.tuning import prepare
+
     tuning = prepare(config, task)
     try:
         _search(tuning, config, console, verbosity)

@@ -36,14 +36,10 @@ def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
     """
     # The terminal sends Ctrl-C to all of its processes; the parent passes it on, once, as SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    interruption = _Interruption()
-    signal.signal(signal.SIGTERM, interruption)
+    interruption = _Interruption(pipe)
     threading.Thread(target=_outlive_no_parent, daemon=True).start()
     try:
-        try:
-            _run_trials(config, checkpoints, pipe, interruption)
-        finally:
-            interruption.no_more()
+        _run_trials(config, checkpoints, pipe, interruption)
     except UserError as error:
         _tell(pipe, "failed", str(error))
     except KeyboardInterrupt:
@@ -78,25 +74,39 @@ def _outlive_no_parent() -> None:
 
 
 class _Interruption:
-    """A signal handler that raises KeyboardInterrupt, later where it would cut a storing in two."""
+    """What SIGTERM means in a trial: KeyboardInterrupt, if it comes from the parent or its end.
 
-    def __init__(self) -> None:
+    Raised later where it would cut a storing in two. Without a trial there is nothing to queue, and
+    the signal ends the process; so it does where somebody else sent it, as any other that kills.
+
+    Args:
+        pipe: To the parent, which says False before it sends the signal.
+    """
+
+    def __init__(self, pipe: Connection) -> None:
         self.asked = False
         self._deferred = False
+        self._pipe = pipe
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        if not self._is_told():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         self.asked = True
         self._raise_if_asked()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """A context in which it waits for the end."""
+        """The context of a trial: it waits for the end; after an error for good.
+
+        Then it is told how the worker ended, and its exit not cut.
+        """
         self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
+        signal.signal(signal.SIGTERM, self)
+        yield
+        self._deferred = False
         self._raise_if_asked()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
@@ -108,9 +118,12 @@ class _Interruption:
         finally:
             self._deferred = True
 
-    def no_more(self) -> None:
-        """From here on it waits for good: how the worker ended is told, and its exit not cut."""
-        self._deferred = True
+    def _is_told(self) -> bool:
+        """Whether the parent has said no, or is gone: in a trial it says nothing else."""
+        try:
+            return self._pipe.poll()
+        except OSError:
+            return True
 
     def _raise_if_asked(self) -> None:
         if self.asked and not self._deferred:
@@ -122,21 +135,25 @@ def _run_trials(
 ) -> None:
     import torch
 
+    from bs_optuna.study.storage_errors import named_storage_errors
     from bs_optuna.study.tuning import prepare
+    from bs_optuna.study.tuning import storage_of
     from bs_optuna.tasks.loading import load_task
 
     set_up_libraries()
     # Together they use the cores once; more threads than cores only wait for each other.
     torch.set_num_threads(max(1, torch.get_num_threads() // config.worker_processes))
-    tuning = prepare(config, load_task(config.task), checkpoints=checkpoints)
-    while _is_asked(pipe):
-        with interruption.deferred():
-            tuning.run_one(
-                created=lambda trial: _tell(pipe, "created", trial.number),
-                started=lambda trial: _tell(pipe, "started", trial.number),
-                ended=lambda study, trial: _tell(pipe, "ended", trial.number),
-                training=interruption.allowed,
-            )
+    task = load_task(config.task)
+    with named_storage_errors(storage_of(config, task)):
+        tuning = prepare(config, task, checkpoints=checkpoints)
+        while _is_asked(pipe):
+            with interruption.deferred():
+                tuning.run_one(
+                    created=lambda trial: _tell(pipe, "created", trial.number),
+                    started=lambda trial: _tell(pipe, "started", trial.number),
+                    ended=lambda study, trial: _tell(pipe, "ended", trial.number),
+                    training=interruption.allowed,
+                )
 
 
 def _is_asked(pipe: Connection) -> bool:

@@ -74,6 +74,8 @@ def test_what_is_shown_can_be_read(tmp_path: Path) -> None:
         ({"trials": True}, "trials=true; must be a number."),
         ({"seed": "99999999999999"}, "seed=99999999999999; must be less than or equal to"),
         ({"batch_size": [16.7, 40.9]}, "batch_size=[16.7, 40.9]; must be LOW:HIGH"),
+        ({"study": ""}, "study=; must not be empty; leave it out for the default."),
+        ({"storage": ""}, "storage=; must not be empty; leave it out for the default."),
         ({"study": "what?"}, "study=what?; must be without ?, % and #"),
         ({"storage": "a%20b.db"}, "storage=a%20b.db; must be without ?, % and #"),
         ({"task": 3}, "task=3; must be a valid string."),

@@ -9,6 +9,7 @@ import optuna
 
 from bs_optuna.errors import BsOptunaError
 from bs_optuna.errors import TrainingError
+from bs_optuna.study.storage_errors import is_storage_error
 
 
 @contextmanager
@@ -19,13 +20,16 @@ def named_errors(training: str) -> Iterator[None]:
         training: What runs in it, in a few words.
 
     Raises:
-        TrainingError: Anything but an error that is meant was raised, which is its cause.
+        TrainingError: Anything but an error that is meant, or the storage's, was raised, which is
+            its cause.
     """
     try:
         yield
     except (BsOptunaError, optuna.TrialPruned):
         raise
     except Exception as error:
+        if is_storage_error(error):
+            raise
         reason = "".join(f": {line}" for line in str(error).splitlines()[:1])
         raise TrainingError(
             f"{training} ended by {type(error).__name__}{reason}; its traceback stands above. "

@@ -117,7 +117,7 @@ def _check_connection(url: sqlalchemy.URL) -> None:
         ) from error
     except SQLAlchemyError as error:
         raise StudyError(
-            f"{_hide_password(url)} cannot be reached ({_reason(error)}); "
+            f"{_hide_password(url)} cannot be reached ({reason(error)}); "
             "check that the server runs, and the user, password and database in --storage"
         ) from error
 
@@ -170,7 +170,7 @@ def _make_tables(
         except (SQLAlchemyError, StorageInternalError) as error:
             if attempt == _ATTEMPTS:
                 raise StudyError(
-                    f"{_hide_password(url)} cannot be opened ({_reason(error)}); "
+                    f"{_hide_password(url)} cannot be opened ({reason(error)}); "
                     "mend it, or name another with --storage"
                 ) from error
         time.sleep(random.uniform(0.0, 0.2 * attempt))
@@ -206,8 +206,8 @@ def _hide_password(url: sqlalchemy.URL) -> str:
     return url.render_as_string(hide_password=True)
 
 
-def _reason(error: BaseException) -> str:
-    """First line of the driver's own message, which lies under SQLAlchemy's and Optuna's."""
+def reason(error: BaseException) -> str:
+    """The first line of the driver's own message, which lies under SQLAlchemy's and Optuna's."""
     if isinstance(error, StorageInternalError) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, DBAPIError) and error.orig is not None:

@@ -193,7 +193,7 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
             checkpoints=checkpoints,
         )
     name = config.study or task.name
-    storage = config.storage or f"sqlite:///studies/{name}.db"
+    storage = storage_of(config, task)
     low = rungs(budget, batch_size=config.batch_size[0], count=EVALUATIONS)
     database = open_storage(storage)
     study = open_study(
@@ -217,6 +217,11 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
         attributes.CONFIG, {**config.model_dump(mode="json"), "storage": shown, "study": name}
     )
     return Tuning(task, objective, study, database, shown, _target(study, config.trials))
+
+
+def storage_of(config: StudyConfig, task: TrainingTask) -> str:
+    """The storage that the settings name, or the file of the study."""
+    return config.storage or f"sqlite:///studies/{config.study or task.name}.db"
 
 
 class _Pruner(BasePruner):

@@ -55,7 +55,17 @@ def _module_from_file(spec: str, path: Path) -> ModuleType:
     # Like a script: it may import its neighbours, and its classes can be pickled.
     sys.path.insert(0, str(path.parent.resolve()))
     sys.modules[name] = module
-    found.loader.exec_module(module)
+    try:
+        found.loader.exec_module(module)
+    except ImportError as error:
+        if "relative import with no known parent package" not in str(error):
+            raise
+        folder = path.parent.resolve()
+        function = spec.partition(":")[2] or DEFAULT_FUNCTION
+        raise TaskError(
+            f"task={spec!r}; it imports from its package, which a file named by its path has not. "
+            f"Run from {folder.parent} and name {folder.name}.{path.stem}:{function}."
+        ) from None
     return module
 
 

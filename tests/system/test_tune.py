@@ -90,7 +90,10 @@ def test_a_study_runs_is_summed_up_and_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_interrupting_keeps_finished_trials_and_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupting_keeps_finished_trials_and_says_how_to_go_on(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
     arguments = ("--trials", "40", "--study", "cut", *SHORT)
     with subprocess.Popen(
         command(*arguments),
@@ -104,11 +107,11 @@ def test_interrupting_keeps_finished_trials_and_says_how_to_go_on(tmp_path: Path
         assert process.stderr is not None
         for line in process.stdout:
             if line.startswith("trial 1:"):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
                 break
         rest = process.stdout.read()
         assert process.stderr.read() == ""
-        assert process.wait(timeout=60) == 130
+        assert process.wait(timeout=60) == status
     assert re.search(
         r"Interrupted\. \d+ finished trials are kept in sqlite:///studies/cut.db", rest
     )
@@ -128,10 +131,23 @@ def test_interrupting_keeps_finished_trials_and_says_how_to_go_on(tmp_path: Path
         assert any(t.params == lost.params and t.state in states for t in after)
 
 
-def test_interrupting_before_the_first_trial_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "waiting.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
+@pytest.mark.parametrize(
+    ("number", "status", "shell"),
+    [
+        (signal.SIGINT, 130, ()),
+        # As in the background of a script, where Ctrl-C is ignored.
+        (signal.SIGTERM, 143, ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")),
+    ],
+)
+def test_interrupting_before_the_first_trial_is_one_line(
+    tmp_path: Path, number: signal.Signals, status: int, shell: tuple[str, ...]
+) -> None:
+    (tmp_path / "waiting.py").write_text(
+        "import multiprocessing, time\nwith multiprocessing.Pool(1): pass  # SIGTERM ends it\n"
+        "print('here', flush=True)\ntime.sleep(60)\n"
+    )
     with subprocess.Popen(
-        command("waiting.py"),
+        [*shell, *command("waiting.py")],
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -140,9 +156,9 @@ def test_interrupting_before_the_first_trial_is_one_line(tmp_path: Path) -> None
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "here\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert said == "Interrupted before the first trial.\n"
 
 

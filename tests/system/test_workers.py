@@ -78,7 +78,7 @@ def wait_for(path: Path, lines: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV"])
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV", "SIGTERM"])
 def test_a_death_costs_one_attempt_which_goes_on_from_its_checkpoint(
     tmp_path: Path, name: str
 ) -> None:
@@ -164,8 +164,18 @@ def test_several_workers_lose_nothing_and_run_nothing_twice(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to_all", [False, True], ids=["to the command", "to all, as a terminal"])
-def test_interrupting_workers_queues_what_they_run(tmp_path: Path, to_all: bool) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "to_all"),
+    [
+        pytest.param(signal.SIGINT, 130, False, id="to the command"),
+        pytest.param(signal.SIGINT, 130, True, id="to all, as a terminal"),
+        pytest.param(signal.SIGTERM, 143, False, id="as Kubernetes"),
+        pytest.param(signal.SIGTERM, 143, True, id="to all, as systemd"),
+    ],
+)
+def test_interrupting_workers_queues_what_they_run(
+    tmp_path: Path, number: signal.Signals, status: int, to_all: bool
+) -> None:
     arguments = (str(DYING_TASK), "--workers", "2", "--trials", "40", *SHORT)
     with subprocess.Popen(
         command(*arguments),
@@ -179,11 +189,11 @@ def test_interrupting_workers_queues_what_they_run(tmp_path: Path, to_all: bool)
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("trial 2:"):
-                (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+                (os.killpg if to_all else os.kill)(process.pid, number)
                 break
         rest, errors = process.communicate(timeout=DEADLINE_S)
     assert errors == ""
-    assert process.returncode == 130
+    assert process.returncode == status
     assert "Interrupted." in rest
     cut = trials(tmp_path)
     lost = [t for t in cut if t.state == TrialState.FAIL and t.params]

@@ -69,6 +69,19 @@ def test_a_module_that_misses_one_itself_says_which(module: Path) -> None:
         load_task(f"{module.stem}:task")
 
 
+def test_a_file_that_imports_from_its_package_is_refused_with_the_name_that_works(
+    module: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module.with_name("nets.py").touch()
+    module.write_text(f"from . import nets\n{MODULE}")
+    name = f"{module.parent.name}.{module.stem}:build"
+    with pytest.raises(TaskError) as refused:
+        load_task(f"{module}:build")
+    assert str(refused.value).endswith(f"Run from {module.parents[1]} and name {name}.")
+    monkeypatch.chdir(module.parents[1])
+    assert load_task(name).name == "wine"
+
+
 def test_a_task_without_a_name_takes_that_of_its_file(module: Path) -> None:
     module.write_text(
         f"{MODULE}\nfrom dataclasses import replace\ntask = replace(ready, name='task')"
