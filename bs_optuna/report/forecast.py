@@ -67,14 +67,13 @@ def _forecasts(
 ) -> list[Forecast]:
     low, high = config.batch_size
     powers = {2**n for n in range(low.bit_length(), high.bit_length())}
-    most = MemoryProbe(task, device=device, batch_size=high).largest_fitting(memory)
-    if isinstance(config.microbatch_size, int):  # which one is the fastest only a run can tell
-        most = min(most, config.microbatch_size)
-    most = max(1, most)
     found = []
     for batch_size in sorted({low, *powers, high}):
-        plan = AccumulationPlan(batch_size, most)
         probe = MemoryProbe(task, device=device, batch_size=batch_size)
+        most = probe.largest_fitting(memory)
+        if isinstance(config.microbatch_size, int):  # which one is the fastest only a run can tell
+            most = min(most, config.microbatch_size)
+        plan = AccumulationPlan(batch_size, max(1, most))
         peak = probe.peak_bytes(plan.microbatch_size)
         found.append(Forecast(plan, peak, peak <= memory))
     return found

@@ -40,6 +40,7 @@ from bs_optuna.training.snapshot import StepSnapshot
 from bs_optuna.training.snapshot import device_of
 from bs_optuna.training.snapshot import draws_foreign
 from bs_optuna.training.snapshot import parameters_of
+from bs_optuna.training.snapshot import refuse_lazy
 from bs_optuna.training.weighted_pass import LossFunction
 from bs_optuna.training.weighted_pass import WeightedPass
 
@@ -163,6 +164,7 @@ class AccumulatedBackward:
         self._warned = batch_norm == "exact"  # that microbatches change BatchNorm
         self._parts = list({id(m): m for root in self._modules for m in root.modules()}.values())
         self._parameters = parameters_of(self._modules)
+        refuse_lazy(self._modules)
         devices = {p.device for p in self._parameters}
         self._device_types = {device.type for device in devices}
         self._device = devices.pop() if len(devices) == 1 else None

@@ -85,8 +85,10 @@ class Cutting:
         """
         if plan.accumulation_steps > 1:
             if isinstance(plan, TokenPlan):
-                batch = take(batch, torch.tensor([i for part in plan.parts for i in part]))
-            parts = [take(batch, part) for part in plan.slices]  # views, not copies
+                # Each by itself: inputs that require grad would share a node of one graph.
+                parts = [take(batch, torch.tensor(part)) for part in plan.parts]
+            else:
+                parts = [take(batch, part) for part in plan.slices]  # views, not copies
         elif self.count is None and self.trim is None:
             return [(1.0, batch)], plan.batch_size
         else:

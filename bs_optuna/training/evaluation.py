@@ -24,6 +24,7 @@ from bs_optuna.training.oom import OutOfMemory
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
+from bs_optuna.training.snapshot import RandomStates
 from bs_optuna.training.snapshot import device_of
 from bs_optuna.training.task import TrainingTask
 
@@ -65,11 +66,13 @@ class Evaluation:
             MicrobatchDoesNotFitError: One sample does not fit.
         """
         tried = [self.batch_size]
+        before = RandomStates({device_of(model, self._task.loss).type})
         while True:
             began = time.perf_counter()
             outcome = self._attempt(model, data, within)
             if isinstance(outcome, dict):
                 return outcome
+            before.restore()  # the order of the training data, say, does not depend on memory
             empty_caches()
             self.lost.add(began)
             if give_up_onednn(outcome):

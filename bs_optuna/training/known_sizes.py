@@ -55,20 +55,29 @@ def learned(
         memory_key: Of its task and device.
         elsewhere: Microbatch sizes that have failed before or beside the run.
     """
-    # What ran in the end has failed because of a spike that passed.
-    failed = [size for size in (*run.failed_sizes, *elsewhere) if size > run.fits]
+    # What ran in the end has failed because of a spike that passed. So has, among others, what is
+    # less than half of what had run before: memory does not shrink to a part in one training.
+    fits = max(run.fits, run.ran // 2)
+    failed = [size for size in (*run.failed_sizes, *elsewhere) if size > fits]
     return {
         attributes.MEMORY_KEY: memory_key,
-        attributes.MICROBATCH_FITS: run.fits,
+        attributes.MICROBATCH_FITS: fits,
         attributes.MICROBATCH_FAILS: min(failed, default=None),
         attributes.EVALUATION_FITS: run.evaluation_fits,
     }
 
 
-def known_sizes(trials: Iterable[FrozenTrial], memory_key: str) -> KnownSizes:
-    """What trials know together; those of another key know nothing."""
+def known_sizes(trials: Iterable[FrozenTrial], memory_key: str, *, batch_size: int) -> KnownSizes:
+    """What trials know together; those of another key know nothing.
+
+    Args:
+        trials: Those of the study.
+        memory_key: Of the task and device.
+        batch_size: Samples per optimizer step. A larger batch that did not fit even sample by
+            sample says nothing of it: the batch itself takes memory, and so do sparse gradients.
+    """
     alike = [trial for trial in trials if trial.user_attrs.get(attributes.MEMORY_KEY) == memory_key]
-    bounds = [_bounds(trial.user_attrs) for trial in alike]
+    bounds = [_bounds(trial.user_attrs, trial.params, batch_size) for trial in alike]
     pieces = (trial.user_attrs.get(attributes.EVALUATION_FITS) for trial in alike)
     return KnownSizes(
         MicrobatchBounds.merged(bounds),
@@ -86,7 +95,11 @@ def _claims(trials: Iterable[FrozenTrial]) -> Iterator[Claim]:
                 yield Claim(trial.number, size)
 
 
-def _bounds(stored: Mapping[str, Any]) -> MicrobatchBounds:
+def _bounds(
+    stored: Mapping[str, Any], params: Mapping[str, Any] | None = None, batch_size: int = 0
+) -> MicrobatchBounds:
     fits, fails = stored.get(attributes.MICROBATCH_FITS, 0), stored.get(attributes.MICROBATCH_FAILS)
+    if fails == 1 and params is not None and params.get("batch_size", 0) > batch_size:
+        fails = None
     # A failure is stored at once, and counts no longer when that size has run since.
     return MicrobatchBounds(fits, fails if fails is not None and fails > fits else None)

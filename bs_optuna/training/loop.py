@@ -71,6 +71,7 @@ class TrainingRun:
         accumulation_steps: Microbatches of the last step that was tried.
         fits: Largest microbatch that a full step was done with since the last one ran out of
             memory; 0 before the first.
+        ran: Largest microbatch that a full step was ever done with.
         failed_sizes: Microbatch sizes that ran out of memory.
         evaluation_fits: Samples in a piece of an evaluation, if a larger piece ran out of memory.
         values: Validation loss and metrics of the last checkpoint.
@@ -105,7 +106,7 @@ class TrainingRun:
         self._unit = MicrobatchUnit.of(task)
         self._tried(settings.microbatch_size or settings.batch_size)
         self._held = 0  # in full by the largest microbatch of this step
-        self.fits = 0
+        self.fits = self.ran = 0
         self.failed_sizes: list[int] = []
         self.evaluation_fits: int | None = None
         self.values: dict[str, float] = {}
@@ -261,6 +262,7 @@ class TrainingRun:
             self._guarded_step()
         failed = len(self.failed_sizes) > failures
         self.fits = self._held if failed else max(self.fits, self._held)
+        self.ran = max(self.ran, self._held)
         short = not fitted and (failed or settings.short_of_memory)
         if short and settings.evaluation_batch_size is None:
             self._evaluation.batch_size = 2 * self.fits  # without gradients that fits as a rule

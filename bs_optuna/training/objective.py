@@ -145,11 +145,11 @@ class TrainingObjective:
             trial.number,
             batch_size=batch_size,
             memory_key=self._memory_key,
-            look=lambda: self._known(trial.study),
+            look=lambda: self._known(trial.study, batch_size),
             tell=lambda found: _set(trial, found),
             old=frozenset(self._old_claims),
         )
-        known = self._known(trial.study)
+        known = self._known(trial.study, batch_size)
         attempt = Attempt.read(trial.number, trial.user_attrs, folder=self._checkpoints)
         seed = self.seed + attempt.first
         run = self._run(batch_size, learning_rate, seed, known, attempt, search)
@@ -202,7 +202,7 @@ class TrainingObjective:
             DivergedError: The loss is not finite.
             MicrobatchDoesNotFitError: A single sample does not fit.
         """
-        run = self._run(batch_size, learning_rate, seed, self._known(study))
+        run = self._run(batch_size, learning_rate, seed, self._known(study, batch_size))
         with private_random_state(self.device):
             *_, last = run.checkpoints()
             test = {} if self.task.test_data is None else run.evaluate(self.task.test_data)
@@ -217,7 +217,7 @@ class TrainingObjective:
         attempt: Attempt | None = None,
         search: SizeSearch | None = None,
     ) -> TrainingRun:
-        predicted = self._starting_sizes.predicted
+        predicted = self._starting_sizes.predicted(batch_size)
         largest = self._microbatch_size
         if largest == "fastest":
             with private_random_state(self.device):
@@ -277,10 +277,12 @@ class TrainingObjective:
         _set(trial, stored | learned(run, self._memory_key, elsewhere=elsewhere))
         mark_memory(trial, fits=not (reason or "").startswith("memory"))
 
-    def _known(self, study: optuna.Study) -> KnownSizes:
+    def _known(self, study: optuna.Study, batch_size: int) -> KnownSizes:
         with private_random_state(self.device):
-            _ = self._starting_sizes.predicted  # first: it takes its time, in which others learn
-            return known_sizes(study.get_trials(deepcopy=False), self._memory_key)
+            # First: it takes its time, in which others learn.
+            self._starting_sizes.predicted(batch_size)
+            trials = study.get_trials(deepcopy=False)
+            return known_sizes(trials, self._memory_key, batch_size=batch_size)
 
 
 def _set(trial: optuna.Trial, stored: Mapping[str, object]) -> None:

@@ -9,6 +9,7 @@ class Seen(Protocol):
     """What a run has seen of memory so far; see `TrainingRun`."""
 
     fits: int
+    ran: int
     failed_sizes: list[int]
     evaluation_fits: int | None
 

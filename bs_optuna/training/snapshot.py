@@ -17,6 +17,7 @@ import numpy as np
 import optree
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 
 class StepSnapshot:
@@ -52,6 +53,9 @@ class StepSnapshot:
         self._gradients = [leaf.grad for leaf in self._leaves]
         self._had_gradients = any(gradient is not None for gradient in self._gradients)
         self._buffers = _copied_buffers(modules, buffer_copies)
+        self._empty = {
+            (id(m), name) for m in modules for name, b in m._buffers.items() if b is None
+        }
         self._random = RandomStates(device_types, foreign=foreign)
         if self._had_gradients:
             for leaf in self._leaves:
@@ -105,9 +109,11 @@ class StepSnapshot:
             for saved in self._buffers:
                 saved.restore()
         known = {(id(saved.module), saved.name) for saved in self._buffers}
-        for module, name, _ in _named_buffers(self._modules):
-            if (id(module), name) not in known:  # None before the attempt
+        for module, name, _ in list(_named_buffers(self._modules)):
+            if (id(module), name) in self._empty:
                 setattr(module, name, None)
+            elif (id(module), name) not in known:  # registered in the attempt
+                delattr(module, name)
 
     def check_complete(self) -> None:
         """Refuses to go on after ``restore`` where it has not put back everything.
@@ -152,6 +158,21 @@ def _is_torchs(thing: object) -> bool:
 def parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
     """The parameters of all modules, each once."""
     return list({id(p): p for module in modules for p in module.parameters()}.values())
+
+
+def refuse_lazy(modules: Sequence[nn.Module]) -> None:
+    """Refuses parameters and buffers that the first forward pass will make.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for root in modules:
+        for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+            if is_lazy(tensor):
+                raise ValueError(
+                    f"{name!r} of the {type(root).__name__} has no shape before its first forward "
+                    "pass, which could not be undone; call the model once on a sample first."
+                )
 
 
 def device_of(*parts: object) -> torch.device:

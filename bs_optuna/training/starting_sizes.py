@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -43,8 +42,7 @@ class StartingSizes:
         task: What is trained.
         device: Where it is trained.
         limit: What it may use there.
-        batch_size: The largest batch. A smaller one leaves more room beside it, so that what is
-            predicted for the largest holds for all.
+        batch_size: The largest batch.
 
     Attributes:
         measured: The throughput of microbatches; None before ``measure``.
@@ -57,20 +55,30 @@ class StartingSizes:
         self._device = device
         self._limit = limit
         self._batch_size = batch_size
+        self._predicted: dict[int, FittingSizes] = {}
         self.measured: Throughput | None = None
 
-    @cached_property
-    def predicted(self) -> FittingSizes:
-        """The sizes; nothing is known without a limit, or if the task cannot be traced."""
+    def predicted(self, batch_size: int) -> FittingSizes:
+        """What fits beside a batch of a size, which takes memory too.
+
+        Once for all sizes up to the next power of two, or to the largest. Nothing is known without
+        a limit, or if the task cannot be traced.
+        """
+        up_to = min(2 ** (batch_size - 1).bit_length(), self._batch_size)
+        if up_to not in self._predicted:
+            self._predicted[up_to] = self._predict(max(up_to, batch_size))
+        return self._predicted[up_to]
+
+    def _predict(self, batch_size: int) -> FittingSizes:
         available = available_bytes(self._device, self._limit.limit_bytes)
         if available is None:
             return FittingSizes()
         microbatch: int | None = None
         try:
             with as_limited(self._device, self._limit.limit_bytes):
-                probe = MemoryProbe(self._task, device=self._device, batch_size=self._batch_size)
+                probe = MemoryProbe(self._task, device=self._device, batch_size=batch_size)
                 microbatch = probe.largest_fitting(available)
-                most = max(2 * self._batch_size, SMALLEST_EVALUATION_BATCH)
+                most = max(2 * batch_size, SMALLEST_EVALUATION_BATCH)
                 return FittingSizes(microbatch, probe.largest_evaluation(available, most=most))
         except UntraceableError as error:
             _logger.info("%s", error)
@@ -80,7 +88,7 @@ class StartingSizes:
     def searched(self) -> bool:
         """Whether what fits can only be found by running out of memory."""
         limited = available_bytes(self._device, self._limit.limit_bytes) is not None
-        return limited and self.predicted.microbatch is None
+        return limited and self.predicted(self._batch_size).microbatch is None
 
     def measure(self, known: MicrobatchBounds) -> Throughput:
         """What microbatches of each size get done, up to the largest that may fit.
@@ -89,7 +97,8 @@ class StartingSizes:
             known: Which ones other trials have seen to fit.
         """
         if self.measured is None:
-            most = known.start(self._batch_size, predicted=self.predicted.microbatch)
+            predicted = self.predicted(self._batch_size).microbatch
+            most = known.start(self._batch_size, predicted=predicted)
             self.measured = measure_throughput(
                 self._task,
                 device=self._device,

@@ -97,6 +97,11 @@ class GuardedStep:
     ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm={max_norm}; must be above 0, or None for no clipping.")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS steps by a closure, with passes of its own over the batch, which are not "
+                "undone here; use an optimizer that steps without one, such as AdamW."
+            )
         self.lost = Lost()
         self._optimizer = optimizer
         self._max_norm = max_norm

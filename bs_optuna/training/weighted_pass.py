@@ -80,6 +80,11 @@ class WeightedPass:
 
     def _accumulated(self, weight: float, part: Batch, before: StepSnapshot) -> torch.Tensor:
         loss = self._loss(part)
+        if not isinstance(loss, torch.Tensor):
+            raise TypeError(
+                f"The loss function returned a {type(loss).__name__}; must return one number as a "
+                "tensor, and nothing else: the mean over the samples, such as losses.mean()."
+            )
         self._foreign.check(loss, before)
         weighted = loss if weight == 1.0 else loss * weight
         (weighted if self._scaler is None else self._scaler.scale(weighted)).backward()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -18,6 +20,7 @@ from torch import nn
 
 from bs_optuna.sampling import attributes
 from bs_optuna.training import Budget
+from bs_optuna.training.evaluation import Evaluation
 from bs_optuna.training.starting_sizes import StartingSizes
 
 
@@ -88,9 +91,12 @@ def test_a_sample_that_does_not_fit_prunes_with_its_reason(study: optuna.Study) 
     assert trial.user_attrs[attributes.PRUNE_REASON].startswith("memory: Out of memory")
     assert trial.user_attrs[attributes.MICROBATCH_FAILS] == 1
     Limited.seen.clear()
-    again = run_trial(make_objective(task), study, batch_size=16, lr=0.5)
+    again = run_trial(make_objective(task), study, batch_size=64, lr=0.5)
     assert again.user_attrs[attributes.PRUNE_REASON].startswith("memory: a single sample")
     assert not Limited.seen
+    # A smaller batch may leave room for it, and is tried.
+    smaller = run_trial(make_objective(task), study, batch_size=16, lr=0.5)
+    assert smaller.user_attrs[attributes.PRUNE_REASON].startswith("memory: Out of memory")
 
 
 def test_a_model_that_does_not_fit_prunes_too(study: optuna.Study) -> None:
@@ -247,3 +253,17 @@ def test_evaluation_halves_its_own_pieces_only(study: optuna.Study) -> None:
     assert 32 in Limited.seen  # the evaluation's first try at 32 validation samples
     whole = run_trial(make_objective(make_task(), seed=-1), study, batch_size=16, lr=0.5)
     assert trial.value == pytest.approx(whole.value, rel=1e-5)
+
+
+def test_an_evaluation_that_runs_out_of_memory_leaves_the_random_numbers_alone() -> None:
+    """A data set is loaded anew then, which draws the seed of its loader once more."""
+    data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.zeros(64, dtype=torch.long))
+    task = replace(make_task(fits=16), valid_data=data)
+    states = []
+    for pieces in (64, 16):
+        torch.manual_seed(0)
+        evaluation = Evaluation(task, batch_size=pieces)
+        evaluation(task.new_model(), task.valid_data, within=nullcontext())
+        assert bool(evaluation.lost.attempts) is (pieces == 64)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)

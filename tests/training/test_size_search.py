@@ -33,6 +33,7 @@ class Run:
     """What a search is told of a run."""
 
     fits: int = 0
+    ran: int = 0
     failed_sizes: list[int] = field(default_factory=list)
     evaluation_fits: int | None = None
 
@@ -92,7 +93,7 @@ class Worker:
 
     def look(self) -> KnownSizes:
         self._pause()
-        return known_sizes(self._study.get_trials(deepcopy=False), KEY)
+        return known_sizes(self._study.get_trials(deepcopy=False), KEY, batch_size=2**20)
 
     def trial(self, batch_size: int) -> None:
         trial = self._study.ask()
@@ -122,7 +123,7 @@ class Worker:
             assert 1 <= least <= plan.microbatch_size
             plan = AccumulationPlan.within(batch_size, least)
             self._pause()
-        run.fits = plan.microbatch_size
+        run.fits = run.ran = plan.microbatch_size
         search.learned(run)
         self._pause()
         self._study.tell(trial, 0.0)
@@ -158,7 +159,7 @@ def test_all_together_fail_as_often_as_one_whatever_the_order(
     shared = {size for size in failed if size < 6}
     counted = len(shared) + sum(size not in shared for size in failed)
     assert counted <= math.log2(max(map(max, batches)) / min(ran)) + 1
-    known = known_sizes(study.get_trials(deepcopy=False), KEY)
+    known = known_sizes(study.get_trials(deepcopy=False), KEY, batch_size=2**20)
     assert known.claims == ()
     assert known.microbatch.fits == max(ran)
     assert known.microbatch.fails == min(failed, default=None)

@@ -107,3 +107,42 @@ def test_sparse_gradients_and_dense_ones_are_added(late: bool) -> None:
     assert table.weight.grad is not None
     assert found.layout == torch.strided
     torch.testing.assert_close(found, table.weight.grad.to_dense())
+
+
+class Rotary(nn.Module):
+    """Registers a buffer in its first forward pass, as caches of positions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        seed_all(0)
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "angles"):
+            self.register_buffer("angles", torch.arange(3.0))
+        outputs: torch.Tensor = self.net(x) * self.angles
+        return outputs
+
+
+def test_a_buffer_that_was_registered_in_a_failed_attempt_is_registered_again() -> None:
+    def run(position: int | None, microbatch_size: int) -> tuple[nn.Module, FailingAt]:
+        model, x = Rotary(), torch.ones(4, 4)
+        backward = AccumulatedBackward(
+            model, lambda o, t: o.square().mean(), microbatch_size=microbatch_size
+        )
+        with FailingAt(position) as device:
+            backward(x)
+        return model, device
+
+    _, device = run(None, 4)
+    halved, _ = run(None, 2)
+    for position in range(device.operations):
+        model, failing = run(position, 4)
+        assert failing.failures == 1
+        assert_equal(gradients(model), gradients(halved))
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(3), nn.Sequential(nn.LazyBatchNorm1d())])
+def test_a_lazy_module_is_refused_with_the_remedy(lazy: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"has no shape before its first forward pass, .* first"):
+        AccumulatedBackward(lazy, nn.functional.cross_entropy)

@@ -54,7 +54,7 @@ class Told(NoLimit):
 
 
 def predicted(task: TrainingTask, limit: MemoryLimit) -> FittingSizes:
-    return StartingSizes(task, device=CPU, limit=limit, batch_size=256).predicted
+    return StartingSizes(task, device=CPU, limit=limit, batch_size=256).predicted(256)
 
 
 def test_without_a_limit_nothing_is_predicted() -> None:
@@ -70,6 +70,16 @@ def test_a_larger_limit_holds_more() -> None:
     assert small.evaluation > small.microbatch
     assert predicted(make_task(), Told(MIB)) == FittingSizes(0, 0)
     assert predicted(make_task(), Told(1024 * MIB)) == FittingSizes(256, 512)
+
+
+def test_a_batch_that_is_too_large_itself_says_nothing_of_smaller_ones() -> None:
+    """Samples of 256 KiB: of 256 the batch alone is more than the limit."""
+    data = (torch.randn(1, 65536).expand(256, -1), torch.zeros(256, dtype=torch.long))
+    task = make_task(train_data=data, valid_data=data, model=lambda: nn.Linear(65536, 2))
+    sizes = StartingSizes(task, device=CPU, limit=Told(40 * MIB), batch_size=256)
+    assert sizes.predicted(256).microbatch == 0
+    assert sizes.predicted(33) == sizes.predicted(64)
+    assert sizes.predicted(64).microbatch == 64
 
 
 def test_a_prediction_uses_the_kernels_of_the_limit_and_turns_the_others_on_again() -> None:
@@ -105,7 +115,7 @@ def test_an_evaluation_that_cannot_be_traced_leaves_the_microbatch() -> None:
 
 
 def test_what_was_seen_comes_before_what_was_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StartingSizes, "predicted", FittingSizes(40, 100))
+    monkeypatch.setattr(StartingSizes, "predicted", lambda self, batch_size: FittingSizes(40, 100))
     objective = TrainingObjective(
         make_task(), budget=Budget("steps", 1), batch_size=(8, 256), device=CPU
     )
@@ -195,7 +205,7 @@ PROGRAM = """
 
     trials = [trial(SAMPLES), trial(SAMPLES // 3)]
     # A multiple of the microbatch is cut into the largest ones.
-    predicted = objective._starting_sizes.predicted.microbatch
+    predicted = objective._starting_sizes.predicted(SAMPLES).microbatch
     trials.append(trial(min(SAMPLES, 2 * (predicted or 1))))
     fits = max(t[attributes.MICROBATCH_FITS] for t in trials)
 

@@ -120,3 +120,21 @@ def test_settings_that_do_not_go_together_are_refused(
 def test_lengths_of_something_else_are_refused() -> None:
     with pytest.raises(ValueError, match="lengths gave 2 numbers for 3 samples; must be one of"):
         make_backward(Tagger(), lengths=lambda inputs, targets: [1, 2])(*texts([2, 12, 3]))
+
+
+def test_inputs_that_require_grad_get_it_from_each_microbatch() -> None:
+    torch.manual_seed(0)
+    model, targets = nn.Linear(3, 2).double(), torch.tensor([0, 1, 1, 0])
+    found = []
+    for budget in (64, 8):
+        inputs = torch.ones(4, 3, dtype=torch.double, requires_grad=True)
+        backward = AccumulatedBackward(
+            model,
+            nn.functional.cross_entropy,
+            microbatch_tokens=budget,
+            lengths=lambda inputs, targets: [4, 2, 3, 1],
+        )
+        assert backward(inputs, targets).accumulation_steps == (1 if budget == 64 else 2)
+        found.append(inputs.grad)
+    assert found[0] is not None
+    torch.testing.assert_close(found[0], found[1])

@@ -15,6 +15,8 @@ from torch import nn
 
 from bs_optuna.errors import TaskError
 from bs_optuna.sampling import attributes
+from bs_optuna.training import AccumulatedBackward
+from bs_optuna.training import GuardedStep
 
 
 cross_entropy = nn.functional.cross_entropy
@@ -82,3 +84,16 @@ def test_a_loss_that_diverges_is_not_blamed_on_a_metric(study: optuna.Study) -> 
         batch_size=32, lr=0.5,
     )  # fmt: skip
     assert trial.user_attrs[attributes.PRUNE_REASON].startswith("diverged: validation loss inf")
+
+
+def test_in_a_loop_of_ones_own_a_loss_that_is_no_tensor_is_named() -> None:
+    model = nn.Linear(4, 3)
+    backward = AccumulatedBackward(model, lambda o, t: {"loss": cross_entropy(o, t)})
+    with pytest.raises(TypeError, match="loss function returned a dict; must return one number"):
+        backward(torch.ones(2, 4), torch.tensor([0, 1]))
+    assert model.weight.grad is None
+
+
+def test_an_optimizer_with_a_closure_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"LBFGS steps by a closure, .* such as AdamW"):
+        GuardedStep(torch.optim.LBFGS(nn.Linear(4, 3).parameters()))

@@ -1,0 +1,68 @@
+"""What one trial says about memory to those after it, and what it does not say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import field
+
+import optuna
+from optuna.distributions import IntDistribution
+
+from bs_optuna.sampling import attributes
+from bs_optuna.science.memory import MicrobatchBounds
+from bs_optuna.training.known_sizes import known_sizes
+from bs_optuna.training.known_sizes import learned
+
+
+KEY = "this task on this device"
+SIZES = IntDistribution(16, 1024, log=True)
+
+
+@dataclass
+class Run:
+    """A training as `learned` sees it."""
+
+    fits: int
+    ran: int
+    failed_sizes: list[int] = field(default_factory=list)
+    evaluation_fits: int | None = None
+
+
+def trial(batch_size: int, fits: int, fails: int | None) -> optuna.trial.FrozenTrial:
+    stored = {attributes.MEMORY_KEY: KEY, attributes.MICROBATCH_FITS: fits}
+    if fails is not None:
+        stored[attributes.MICROBATCH_FAILS] = fails
+    return optuna.create_trial(
+        value=1.0,
+        params={"batch_size": batch_size},
+        distributions={"batch_size": SIZES},
+        user_attrs=stored,
+    )
+
+
+def test_a_batch_that_does_not_fit_by_single_samples_says_so_of_larger_ones_alone() -> None:
+    """The batch itself takes memory, and so do the sparse gradients of all its samples."""
+    trials = [trial(256, 256, None), trial(512, 0, 1)]
+    for batch_size in (512, 1024):
+        assert known_sizes(trials, KEY, batch_size=batch_size).microbatch.hopeless
+    for batch_size in (64, 256):
+        known = known_sizes(trials, KEY, batch_size=batch_size).microbatch
+        assert known == MicrobatchBounds(256, None)
+        assert known.start(batch_size) == batch_size
+
+
+def test_what_failed_beside_larger_batches_with_more_than_one_sample_counts() -> None:
+    known = known_sizes([trial(512, 8, 16)], KEY, batch_size=64).microbatch
+    assert known == MicrobatchBounds(8, 16)
+
+
+def test_a_passing_spike_leaves_half_of_what_had_run() -> None:
+    stored = learned(Run(fits=2, ran=64, failed_sizes=[64, 32, 16, 8, 4]), KEY)
+    assert stored[attributes.MICROBATCH_FITS] == 32
+    assert stored[attributes.MICROBATCH_FAILS] == 64
+
+
+def test_what_never_ran_has_failed() -> None:
+    stored = learned(Run(fits=2, ran=2, failed_sizes=[64, 32, 16, 8, 4]), KEY)
+    assert stored[attributes.MICROBATCH_FITS] == 2
+    assert stored[attributes.MICROBATCH_FAILS] == 4
