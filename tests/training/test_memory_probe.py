@@ -283,7 +283,7 @@ def looks_at_values(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
         ({"loss": looks_at_values}, "DataDependentOutputException"),
         ({"loss": lambda o, t: o[o > 0].sum()}, "DynamicOutputShapeException"),
         ({"loss": lambda o, t: torch.as_tensor(o.detach().numpy()).sum()}, "Error"),
-        ({"optimizer": lambda p, lr: torch.optim.LBFGS(p, lr=lr)}, "TypeError"),
+        ({"optimizer": lambda p, lr: torch.optim.LBFGS(p, lr=lr)}, "ValueError"),
         ({"model": lambda: nn.Linear(7, 7)}, "RuntimeError"),
     ],
 )
