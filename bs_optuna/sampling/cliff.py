@@ -9,6 +9,7 @@ batches than any other, had no memory and tell nothing.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence
 
 import numpy as np
@@ -76,16 +77,21 @@ class Cliff:
 
     @classmethod
     def seen_in(
-        cls, trials: Sequence[FrozenTrial], space: Space, *, adds_up: bool = False
+        cls,
+        trials: Sequence[FrozenTrial],
+        space: Space,
+        *,
+        failed: Collection[int] = (),
+        adds_up: bool = False,
     ) -> Cliff | None:
         """What trials tell; None if none of them diverged.
 
         Args:
             trials: With every parameter of the space.
             space: With a ridge.
+            failed: What `failed_above` says.
             adds_up: Whether the optimizer adds gradients up, so that momentum matters.
         """
-        failed = failed_above(trials, space)
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
         ran = [
             t

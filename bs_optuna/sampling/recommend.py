@@ -134,8 +134,8 @@ def _answers(
     belief = _prior(study, prior)
     # One that was pruned early may lack parameters that all the others have.
     trials = history.telling(trials, [axis.name for axis in space.axes])
-    cliff = Cliff.seen_in(trials, space, adds_up=belief.momentum_exponent > 0)
     broke = failed_above(trials, space)
+    cliff = Cliff.seen_in(trials, space, failed=broke, adds_up=belief.momentum_exponent > 0)
     trials = [t for t in trials if not history.has_diverged(t) and t.number not in broke]
     seen = history.read(trials, study.directions)
     belief = history.informed(belief, trials)

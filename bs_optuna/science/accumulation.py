@@ -53,7 +53,8 @@ class AccumulationPlan:
     @property
     def slices(self) -> Iterator[slice]:
         """Where each microbatch lies in the batch."""
-        return _slices(self.sizes)
+        ends = itertools.accumulate(self.sizes, initial=0)
+        return (slice(start, end) for start, end in itertools.pairwise(ends))
 
     @property
     def microbatch_size(self) -> int:
@@ -125,11 +126,6 @@ class TokenPlan:
         return tuple(map(len, self.parts))
 
     @property
-    def slices(self) -> Iterator[slice]:
-        """Where each microbatch lies once the samples are in the order of ``parts``."""
-        return _slices(self.sizes)
-
-    @property
     def longest(self) -> tuple[int, ...]:
         """Length of the longest sample of each microbatch."""
         return tuple(self.lengths[part[0]] for part in self.parts)
@@ -159,11 +155,6 @@ class TokenPlan:
 
     def _elements(self, part: tuple[int, ...]) -> int:
         return len(part) * max(1, self.lengths[part[0]])
-
-
-def _slices(sizes: Sequence[int]) -> Iterator[slice]:
-    ends = itertools.accumulate(sizes, initial=0)
-    return (slice(start, end) for start, end in itertools.pairwise(ends))
 
 
 def weights(counts: Sequence[float]) -> tuple[float, ...]:

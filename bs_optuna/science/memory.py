@@ -45,13 +45,13 @@ class MicrobatchBounds:
         Without a prediction: the whole batch as long as nothing failed, then half of what failed,
         as back-off would have it, or what is known to fit if that is more. A prediction takes the
         place of the whole batch, and is believed once more, less a tenth, when it has just failed.
-        So every failure halves ``fails`` but for these two: in all, however wrong the prediction,
-        there are at most log2 of the largest size, plus 2.
+        So every failure halves ``fails`` but for these two: in all, however wrong the predictions,
+        there are at most log2 of the largest size, plus 2 for each prediction that differs.
 
         Args:
             batch_size: Samples per optimizer step.
-            predicted: The largest microbatch size that is predicted to fit, the same for every
-                batch size; None if nothing is.
+            predicted: The largest microbatch size that is predicted to fit beside that batch; None
+                if nothing is.
         """
         if self.fails is None:
             guess = batch_size if predicted is None else predicted

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from optuna.trial import FrozenTrial
@@ -77,7 +78,7 @@ def known_sizes(trials: Iterable[FrozenTrial], memory_key: str, *, batch_size: i
             sample says nothing of it: the batch itself takes memory, and so do sparse gradients.
     """
     alike = [trial for trial in trials if trial.user_attrs.get(attributes.MEMORY_KEY) == memory_key]
-    bounds = [_bounds(trial.user_attrs, trial.params, batch_size) for trial in alike]
+    bounds = [_said_of(batch_size, trial) for trial in alike]
     pieces = (trial.user_attrs.get(attributes.EVALUATION_FITS) for trial in alike)
     return KnownSizes(
         MicrobatchBounds.merged(bounds),
@@ -95,11 +96,13 @@ def _claims(trials: Iterable[FrozenTrial]) -> Iterator[Claim]:
                 yield Claim(trial.number, size)
 
 
-def _bounds(
-    stored: Mapping[str, Any], params: Mapping[str, Any] | None = None, batch_size: int = 0
-) -> MicrobatchBounds:
+def _said_of(batch_size: int, trial: FrozenTrial) -> MicrobatchBounds:
+    bounds = _bounds(trial.user_attrs)
+    larger = trial.params.get("batch_size", 0) > batch_size
+    return replace(bounds, fails=None) if bounds.hopeless and larger else bounds
+
+
+def _bounds(stored: Mapping[str, Any]) -> MicrobatchBounds:
     fits, fails = stored.get(attributes.MICROBATCH_FITS, 0), stored.get(attributes.MICROBATCH_FAILS)
-    if fails == 1 and params is not None and params.get("batch_size", 0) > batch_size:
-        fails = None
     # A failure is stored at once, and counts no longer when that size has run since.
     return MicrobatchBounds(fits, fails if fails is not None and fails > fits else None)

@@ -77,7 +77,7 @@ def test_every_sample_is_in_one_microbatch_within_the_budget_or_alone(
     assert plan.longest == tuple(max(lengths[i] for i in part) for part in plan.parts)
     assert plan.largest == elements[0] == max(elements)
     assert plan.microbatch_size == max(plan.sizes)
-    assert [s.stop - s.start for s in plan.slices] == [len(part) for part in plan.parts]
+    assert list(plan.sizes) == [len(part) for part in plan.parts]
 
 
 def fewest(lengths: tuple[int, ...], tokens: int) -> int:
