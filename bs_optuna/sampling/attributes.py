@@ -45,3 +45,4 @@ CHECKPOINT = "checkpoint"  # str, name of the file that all attempts share
 CONFIG = "config"  # dict, the StudyConfig that made it
 EXPERIMENT = "experiment"  # dict, what its trials must share: task, objective, optimizer, budget
 RECOMMENDATION = "recommendation"  # dict, the summary's figures
+SUGGESTED = "suggested_"  # dict each, what a process was given that it has not stored yet

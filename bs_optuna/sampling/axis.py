@@ -105,6 +105,11 @@ class Axis:
         ends = self._warped(np.array([low, high]))
         return float(ends.min()), float(ends.max())
 
+    @property
+    def discrete(self) -> bool:
+        """Whether two suggestions may be the same by chance."""
+        return self.levels is not None or getattr(self.distribution, "step", None) is not None
+
     def coordinate(self, value: Any) -> float:
         """The coordinate of a parameter's value."""
         if self.nominal:

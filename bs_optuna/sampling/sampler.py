@@ -18,12 +18,12 @@ from optuna.samplers import BaseSampler
 from optuna.samplers import TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
-from optuna.trial import TrialState
 
 from bs_optuna.errors import ConfigError
 from bs_optuna.sampling import history
 from bs_optuna.sampling.acquisition import suggest
 from bs_optuna.sampling.blas import one_thread
+from bs_optuna.sampling.claims import Claims
 from bs_optuna.sampling.cliff import failed_above
 from bs_optuna.sampling.cost import measured
 from bs_optuna.sampling.fit import QUICK
@@ -102,10 +102,11 @@ class CoupledSampler(BaseSampler):
         self._given: dict[tuple[str, int], dict[str, Any]] = {}
         self._read: tuple[Study, int, list[FrozenTrial]] | None = None
         self._notices = Notices()
+        self._claims = Claims()
 
     def __getstate__(self) -> dict[str, Any]:
         # Other threads write to what was given; elsewhere none of these trials is under way.
-        return {**self.__dict__, "_given": {}, "_read": None}
+        return {**self.__dict__, "_given": {}, "_read": None, "_claims": Claims()}
 
     @property
     def prior(self) -> ScalingPrior:
@@ -135,11 +136,16 @@ class CoupledSampler(BaseSampler):
         with one_thread():  # and one suggestion after the other: each knows the ones before
             trials = self._trials(study, trial)
             params = self._suggested(study, trial, search_space, trials)
-            if any(t.state == TrialState.RUNNING and t.number != trial.number for t in trials):
-                # Another process may have been given the same meanwhile.
-                trials = study.get_trials(deepcopy=False)
-                if any(t.params == params for t in trials):
-                    params = self._suggested(study, trial, search_space, trials)
+            if self._space(search_space).discrete:
+
+                def again(taken: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+                    now = study.get_trials(deepcopy=False)
+                    return self._suggested(study, trial, search_space, now, taken)
+
+                given = {k[1]: p for k, p in self._given.items() if k[0] == study.study_name}
+                given[trial.number] = params
+                seen = {t.number for t in trials if t.state.is_finished()}
+                params = self._claims.settled(study, given, trial.number, search_space, seen, again)
             self._given[study.study_name, trial.number] = params
         return params
 
@@ -149,7 +155,9 @@ class CoupledSampler(BaseSampler):
         trial: FrozenTrial,
         search_space: dict[str, BaseDistribution],
         trials: Sequence[FrozenTrial],
+        taken: Sequence[Mapping[str, Any]] = (),
     ) -> dict[str, Any]:
+        """What the model suggests, and before that the start, beside what others were given."""
         trials = [t for t in trials if t.number != trial.number]
         space = self._space(search_space)
         self._notices.no_ridge(space, self._names, trials)
@@ -158,12 +166,12 @@ class CoupledSampler(BaseSampler):
         told = history.telling(trials, search_space)
         seen = history.read(told, study.directions, failed_above(told, space))
         under_way = self._under_way(study.study_name, trials, set(search_space), trial.number)
-        seen = replace(seen, running=[*seen.running, *under_way])
+        seen = replace(seen, running=[*seen.running, *under_way, *taken])
         prior = history.informed(self._prior, trials)
         if len(seen) < _START_TRIALS:
-            taken = space.coordinates([*seen.params, *seen.running])
+            known = space.coordinates([*seen.params, *seen.running])
             index = self._place(trial, trials)
-            return space.params(start_point(space, prior, index, rng, fixed, taken))
+            return space.params(start_point(space, prior, index, rng, fixed, known))
         costs = {} if self._cost is None else measured(trials, self._cost)
         self._notices.no_costs(self._cost, costs, trials)
         fit = Fit(space, prior, seen, rng, effort=QUICK, walkers=self._walkers)
@@ -174,14 +182,15 @@ class CoupledSampler(BaseSampler):
         self, study_name: str, trials: Sequence[FrozenTrial], names: set[str], before: int
     ) -> list[dict[str, Any]]:
         """What other threads were given a moment ago and have not stored yet."""
-        stored = {t.number for t in trials if t.state.is_finished() or names <= set(t.params)}
-        for key in [k for k in self._given if k[0] == study_name and k[1] in stored]:
-            del self._given[key]
+        for t in trials:
+            if t.state.is_finished():
+                self._given.pop((study_name, t.number), None)
+        stored = {t.number for t in trials if names <= set(t.params)}
         # Hyperband shows each of its brackets only the trials of that.
         numbers = {t.number for t in trials}
-        hidden = set(range(before)) - numbers
+        known = stored | (set(range(before)) - numbers)
         given = [(k[1], p) for k, p in self._given.items() if k[0] == study_name]
-        return [p for number, p in given if names <= set(p) and number not in hidden]
+        return [p for number, p in given if names <= set(p) and number not in known]
 
     def sample_independent(
         self,

@@ -79,6 +79,11 @@ class Space:
         self.momentum = found.get(names.momentum, found.get(names.one_minus_momentum))
         self.weight_decay = found.get(names.weight_decay)
 
+    @property
+    def discrete(self) -> bool:
+        """Whether it has no parameter of which any value may be suggested."""
+        return all(axis.discrete for axis in self.axes)
+
     def coordinates(self, params: Sequence[Mapping[str, Any]]) -> Array:
         """Coordinates of parameter dictionaries that hold every axis, (N, P)."""
         rows = [[axis.coordinate(row[axis.name]) for axis in self.axes] for row in params]
