@@ -239,16 +239,18 @@ class AccumulatedBackward:
             self.lost.add(began)
             if give_up_onednn(outcome):
                 continue
-            if plan.microbatch_size == 1 or not outcome.retryable:
+            # Of one sample no limit makes less; elsewhere it may be a larger try that has failed.
+            alone = self._pass.samples == 1 and not self._limit.tries
+            if plan.microbatch_size == 1 or alone or not outcome.retryable:
                 raise does_not_fit(outcome, tried, self._cutting.setting)
             plan = self._limit.failed(plan, cut)
             tried.append(plan.largest)
-            setting = self._cutting.setting
-            _logger.info("out of memory at %s=%d; now %d", setting, tried[-2], tried[-1])
+            _logger.info("out of memory at %s=%d; now %d", self._cutting.setting, *tried[-2:])
 
     def _attempt(self, plan: Plan, batch: Batch) -> torch.Tensor | OutOfMemory:
         """The loss of the batch, or what ran out; then nothing is left of the attempt."""
         before = None
+        self._pass.samples = 0
         try:
             before = self._snapshot(batch)
             with working_onednn():

@@ -220,8 +220,10 @@ class Agreement:
         """The loss of the whole batch."""
         return sum(w * r.loss for w, r in zip(shares, self._reports, strict=True))
 
-    def error(self, attempt: Attempt, tried: list[int], setting: str) -> BaseException | None:
-        """What this rank has to raise, or None where the training goes on."""
+    def error(
+        self, attempt: Attempt, rank: int, tried: list[int], setting: str
+    ) -> BaseException | None:
+        """What a rank has to raise for its attempt, or None where the training goes on."""
         if attempt.error is not None:
             return attempt.error
         failed = next(i for i, r in enumerate(self._reports) if r.outcome == self.outcome)
@@ -231,17 +233,21 @@ class Agreement:
                 "undone its part of the step. Mend that error and start all ranks again."
             )
         if self.outcome in (Outcome.DOES_NOT_FIT, Outcome.LOST):
-            asked = self._reports[failed].bytes_requested
-            elsewhere = OutOfMemory(
-                f"rank {failed}",
-                None if asked < 0 else int(asked),
-                self.outcome != Outcome.LOST,
-                "",
-            )
-            return does_not_fit(attempt.verdict or elsewhere, tried, setting)
+            return self._does_not_fit(attempt, rank, failed, tried, setting)
         if self.outcome == Outcome.DONE:
             return self._difference()
         return None
+
+    def _does_not_fit(
+        self, attempt: Attempt, rank: int, failed: int, tried: list[int], setting: str
+    ) -> Exception:
+        report = self._reports[failed]
+        verdict = attempt.verdict if rank == failed else None
+        if verdict is None:
+            asked = None if report.bytes_requested < 0 else int(report.bytes_requested)
+            verdict = OutOfMemory(f"rank {failed}", asked, self.outcome != Outcome.LOST, "")
+        # The others may have had more in a microbatch.
+        return does_not_fit(verdict, [*tried[:-1], int(report.largest)], setting)
 
     def _difference(self) -> Exception | None:
         if len(scales := {r.scale for r in self._reports}) > 1:

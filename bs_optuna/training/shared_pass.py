@@ -76,7 +76,8 @@ class SharedPass:
             if outcome != Outcome.AGAIN:  # which had the same microbatch
                 tried.append(agreed.largest)
             outcome = agreed.outcome
-            error = agreed.error(attempt, tried, self._cutting.setting)
+            rank = self._gradients.ranks.rank
+            error = agreed.error(attempt, rank, tried, self._cutting.setting)
             if outcome == Outcome.DONE and error is None:
                 agreed.tell(self._limit)
                 return self._result(attempt, agreed, batch, tried)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bs_optuna.training.batches import Batch
+from bs_optuna.training.batches import batch_length
 from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import moved
 from bs_optuna.training.foreign_leaves import ForeignLeaves
@@ -31,6 +32,9 @@ class WeightedPass:
         scaler: Of the gradients.
         autocast_dtype: Of model and loss, if it is another than that of their parameters.
         exact: The modules whose running statistics are to be those of the whole batch.
+
+    Attributes:
+        samples: In the microbatch that is at work, or was the last one.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class WeightedPass:
         self._device_type = device_of(model, loss_fn).type
         self._exact = exact
         self._foreign = ForeignLeaves()
+        self.samples = 0
 
     def __call__(
         self, microbatches: list[tuple[float, Batch]], before: StepSnapshot, *, split: bool
@@ -79,6 +84,7 @@ class WeightedPass:
         return total
 
     def _accumulated(self, weight: float, part: Batch, before: StepSnapshot) -> torch.Tensor:
+        self.samples = batch_length(part)
         loss = self._loss(part)
         if not isinstance(loss, torch.Tensor):
             raise TypeError(

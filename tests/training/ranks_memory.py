@@ -220,6 +220,19 @@ class Hungry(nn.Module):
         return outputs
 
 
+def one_sample(rank: int) -> str:
+    """Rank 1 has a single sample, which does not fit; rank 0 has twelve, which do."""
+    model = Hungry(0 if rank == 1 else 99, "forward")
+    backward = AccumulatedBackward(
+        model, nn.functional.cross_entropy, process_group=dist.group.WORLD
+    )
+    try:
+        backward(*images(rank, 12 if rank == 0 else 1))
+    except MicrobatchDoesNotFitError as error:
+        return str(error)
+    return "it fits"
+
+
 def backing_off(rank: int) -> dict[str, Any]:
     """Ragged parts, 12 and 7 samples; what rank 1 cannot hold, rank 0 does not try either."""
     found = {}
@@ -250,5 +263,6 @@ if __name__ == "__main__":
             "real_limits": real_limits,
             "nothing_left": nothing_left,
             "backing_off": backing_off,
+            "one_sample": one_sample,
         }
     )

@@ -241,6 +241,12 @@ def test_a_loss_of_low_precision_is_summed_in_single(
         (torch.zeros(0, 5), torch.zeros(0), ValueError, r"at least 1"),
         (["a", "b"], None, TypeError, "'a'; every leaf must be a tensor"),
         (torch.tensor(1.0), None, TypeError, "a tensor without dimensions"),
+        (
+            torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+            None,
+            TypeError,
+            "nested tensor, which cannot be cut into microbatches; pad it",
+        ),
     ],
 )
 def test_what_cannot_be_split_is_refused(

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
 import torch
 from torch import nn
 
 from bs_optuna.training import TrainingTask
 from bs_optuna.training.memory_key import memory_key
+from bs_optuna.training.recipes import OptimizerFactory
+from bs_optuna.training.weighted_pass import LossFunction
 
 
 class Classes(nn.Module):
@@ -20,12 +29,80 @@ class Classes(nn.Module):
         return nn.functional.cross_entropy(self.head(outputs), targets)
 
 
-def key(loss: nn.Module) -> str:
+class Repeated(nn.Module):
+    """One layer, run so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.layer, self.times = nn.Linear(3, 3), times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.times):
+            x = self.layer(x)
+        return x
+
+
+class Twice(Repeated):
+    """The same parameters, and other code."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(super().forward(x))
+
+
+def key(
+    loss: LossFunction = nn.functional.cross_entropy,
+    *,
+    model: Callable[[], nn.Module] = lambda: nn.Linear(3, 4),
+    optimizer: str | OptimizerFactory = "adamw",
+) -> str:
     data = (torch.zeros(8, 3), torch.zeros(8, dtype=torch.long))
-    task = TrainingTask(model=lambda: nn.Linear(3, 4), train_data=data, valid_data=data, loss=loss)
+    task = TrainingTask(
+        model=model, train_data=data, valid_data=data, loss=loss, optimizer=optimizer
+    )
     return memory_key(task, device=torch.device("cpu"), limit_bytes=None)
 
 
 def test_a_loss_with_more_weights_inherits_nothing_from_one_with_fewer() -> None:
     assert key(Classes(10)) == key(Classes(10))
     assert key(Classes(10)) != key(Classes(65536))
+
+
+def test_a_layer_that_runs_a_hundred_times_inherits_nothing_from_one_that_runs_once() -> None:
+    assert key(model=lambda: Repeated(1)) == key(model=lambda: Repeated(1))
+    assert key(model=lambda: Repeated(1)) != key(model=lambda: Repeated(100))
+    assert key(model=lambda: Repeated(1)) != key(model=lambda: Twice(1))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (partial(torch.optim.SGD, momentum=0.9), partial(torch.optim.AdamW, amsgrad=True)),
+        (lambda p, lr: torch.optim.SGD(p, lr), lambda p, lr: torch.optim.Adam(p, lr)),
+        (lambda p, lr: torch.optim.SGD(p, lr), lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)),
+        ("sgd", "adamw"),
+    ],
+)
+def test_optimizers_without_a_name_of_their_own_are_told_apart(
+    one: str | OptimizerFactory, other: str | OptimizerFactory
+) -> None:
+    assert key(optimizer=one) == key(optimizer=one)
+    assert key(optimizer=one) != key(optimizer=other)
+
+
+def test_what_a_setting_of_the_optimizer_is_does_not_matter_if_its_states_are_as_many() -> None:
+    one, other = (partial(torch.optim.SGD, momentum=m) for m in (0.9, 0.99))
+    assert key(optimizer=one) == key(optimizer=other)
+
+
+def test_workers_in_other_processes_have_the_same_key(tmp_path: Path) -> None:
+    """Python's own hashes and the addresses of objects differ from process to process."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\n"
+        "from bs_optuna.tasks import digits\n"
+        "from bs_optuna.training.memory_key import memory_key\n"
+        "print(memory_key(digits.task(), device=torch.device('cpu'), limit_bytes=None))\n",
+        encoding="utf-8",
+    )
+    found = {subprocess.check_output([sys.executable, script], text=True) for _ in range(2)}
+    assert len(found) == 1

@@ -147,6 +147,12 @@ def test_all_ranks_halve_to_what_the_smallest_can_hold(tmp_path: Path) -> None:
     assert (seen, limit) == ([7, 7], None)
 
 
+def test_the_error_names_the_microbatch_of_the_rank_that_failed(tmp_path: Path) -> None:
+    messages = run_ranks(FOLDER / "ranks_memory.py", "one_sample", tmp_path)
+    for message, cause in zip(messages, ("rank 1", "cpu"), strict=True):
+        assert message.startswith(f"Out of memory ({cause}) with microbatch_size=1, ")
+
+
 def test_all_ranks_shrink_and_grow_back_together(tmp_path: Path) -> None:
     ranks = run_ranks(FOLDER / "ranks_growing.py", "growing", tmp_path)
     assert_equal(ranks[0], ranks[1])

@@ -101,6 +101,15 @@ def test_a_sample_that_does_not_fit_alone_is_an_error_that_names_the_budget() ->
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_what_fails_alone_is_not_tried_again_with_smaller_microbatches_of_the_others() -> None:
+    model = Tagger(fits=11)
+    with pytest.raises(MicrobatchDoesNotFitError) as caught:
+        make_backward(model)(*texts([12, *[1] * 64]))
+    assert model.seen == [(5, 12), (30, 1), (15, 1), (1, 12)]
+    assert list(caught.value.sizes_tried) == [60, 30, 15, 12]
+    assert all(p.grad is None for p in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
