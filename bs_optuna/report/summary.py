@@ -158,10 +158,18 @@ def _chance(study: optuna.Study, conclusion: Conclusion, evidence: Recommendatio
             f"not known: it takes {NEAR_TRIALS} complete trials within a factor of {NEAR} of this "
             f"setting, and has {near}; run more"
         )
+    assert evidence.probability_best is not None  # the setting was tried
     return (
-        f"{evidence.probability_best:.0%} likely that no other setting tried is better, by however "
-        "little; near ties share the rest"
+        f"{percent(evidence.probability_best)} likely that no other setting tried is better, by "
+        "however little; near ties share the rest"
     )
+
+
+def percent(chance: float) -> str:
+    """A chance as a person would say it: of a few thousand draws none at all proves little."""
+    if chance < 0.01:
+        return "less than 1%"
+    return f"{chance:.0%}" if chance <= 0.99 else "more than 99%"
 
 
 def _distance(trial: FrozenTrial, conclusion: Conclusion) -> float:

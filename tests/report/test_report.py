@@ -18,6 +18,7 @@ from bs_optuna.config import StudyConfig
 from bs_optuna.errors import StudyError
 from bs_optuna.report.figure import ridge_figure
 from bs_optuna.report.progress import TrialProgress
+from bs_optuna.report.summary import percent
 from bs_optuna.report.summary import summary
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import mark_memory
@@ -201,6 +202,17 @@ def test_the_chance_to_be_the_best_is_told_when_trials_nearby_have_shown_the_noi
     conclusion = conclude(few, final_runs=0)
     assert conclusion is not None
     assert "% likely that no other setting tried is better" in shown(summary(few, conclusion))
+
+
+@pytest.mark.parametrize(
+    ("chance", "said"),
+    [
+        (0.0, "less than 1%"), (0.0099, "less than 1%"), (0.01, "1%"), (0.5, "50%"),
+        (0.99, "99%"), (0.996, "more than 99%"), (1.0, "more than 99%"),
+    ],
+)  # fmt: skip
+def test_no_chance_is_called_none_or_sure(chance: float, said: str) -> None:
+    assert percent(chance) == said
 
 
 def test_a_best_trial_that_is_not_recommended_is_explained(tuning: Tuning) -> None:
