@@ -73,7 +73,7 @@ class AccumulatedBackward:
             for a dict. Like an optimizer this looks after the parameters that the model has now.
         loss_fn: Called as ``loss_fn(outputs, targets)``; returns a scalar. Its parameters and
             buffers are looked after too if it is a module. What a function trains that is in
-            neither of them could not be undone, and is refused in the first call.
+            neither could not be undone: it is refused in the first call, or when memory runs out.
         microbatch_size: ``"auto"`` starts with the whole batch; a number starts there. The next
             call starts where the last one ended.
         reduction: ``"mean"`` if the loss is a mean over samples or tokens, or ``"sum"``.

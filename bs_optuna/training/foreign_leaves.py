@@ -16,11 +16,16 @@ class ForeignLeaves:
 
     The graph of the first loss tells. A tensor in it that is no parameter may be made anew in each
     pass, such as the points at which a penalty differentiates; then the next loss shows other ones.
+    A loss may change later, which matters once a pass has failed: the next one is looked at anew.
     """
 
     def __init__(self) -> None:
         self._passes = 0
         self._seen: list[weakref.ref[torch.Tensor]] = []
+
+    def forget(self) -> None:
+        """Call it where a pass has failed."""
+        self._passes, self._seen = 0, []
 
     def check(self, loss: torch.Tensor, before: StepSnapshot) -> None:
         """Call it before backward; it does nothing once all is known.

@@ -71,6 +71,15 @@ class WeightedPass:
         Raises:
             ValueError: The loss trains what ``before`` does not know.
         """
+        try:
+            return self._total(microbatches, before, split)
+        except BaseException:
+            self._foreign.forget()
+            raise
+
+    def _total(
+        self, microbatches: list[tuple[float, Batch]], before: StepSnapshot, split: bool
+    ) -> torch.Tensor:
         if not split:
             return self._accumulated(*microbatches[0], before)
         total: torch.Tensor | None = None

@@ -63,6 +63,28 @@ def test_a_plain_tensor_is_refused_once_it_is_seen_again(
     assert_equal(gradients(model), grads)
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_what_joins_the_loss_later_is_refused_once_a_pass_has_failed(plain: bool) -> None:
+    """Otherwise its gradient would be there twice, and nobody would know."""
+    model, joined, fits = nn.Linear(4, 1), False, 8
+    scale = torch.ones(1, requires_grad=True) if plain else nn.Parameter(torch.ones(1))
+
+    def loss_fn(outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        loss = (outputs * scale if joined else outputs).square().mean()
+        if len(outputs) > fits:
+            loss.backward(retain_graph=True)
+            raise MemoryError
+        return loss
+
+    backward = AccumulatedBackward(model, loss_fn)
+    backward(X)
+    joined, fits = True, 4
+    kept = gradients(model)
+    with pytest.raises(ValueError, match=r"a tensor of shape \(1,\) that neither"):
+        backward(X)
+    assert_equal(gradients(model), kept)
+
+
 class Slope(nn.Module):
     """Differentiates by its inputs, which the loss finds in the model."""
 
