@@ -105,10 +105,11 @@ class Axis:
         ends = self._warped(np.array([low, high]))
         return float(ends.min()), float(ends.max())
 
-    @property
-    def discrete(self) -> bool:
-        """Whether two suggestions may be the same by chance."""
-        return self.levels is not None or getattr(self.distribution, "step", None) is not None
+    def may_recur(self, value: Any) -> bool:
+        """Whether two suggestions may be this value: one of few, or an end of the range."""
+        if isinstance(self.distribution, FloatDistribution) and self.distribution.step is None:
+            return value in (self.distribution.low, self.distribution.high)
+        return True
 
     def coordinate(self, value: Any) -> float:
         """The coordinate of a parameter's value."""

@@ -136,7 +136,7 @@ class CoupledSampler(BaseSampler):
         with one_thread():  # and one suggestion after the other: each knows the ones before
             trials = self._trials(study, trial)
             params = self._suggested(study, trial, search_space, trials)
-            if self._space(search_space).discrete:
+            if self._space(search_space).may_recur(params):
 
                 def again(taken: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                     now = study.get_trials(deepcopy=False)

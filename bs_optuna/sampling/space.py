@@ -79,10 +79,9 @@ class Space:
         self.momentum = found.get(names.momentum, found.get(names.one_minus_momentum))
         self.weight_decay = found.get(names.weight_decay)
 
-    @property
-    def discrete(self) -> bool:
-        """Whether it has no parameter of which any value may be suggested."""
-        return all(axis.discrete for axis in self.axes)
+    def may_recur(self, params: Mapping[str, Any]) -> bool:
+        """Whether two suggestions may be the same as these."""
+        return all(axis.may_recur(params[axis.name]) for axis in self.axes)
 
     def coordinates(self, params: Sequence[Mapping[str, Any]]) -> Array:
         """Coordinates of parameter dictionaries that hold every axis, (N, P)."""

@@ -1,7 +1,8 @@
-"""Processes that are given a point of a small space at the same time get different ones."""
+"""Processes that ask at once are given different points, where there are few or in a corner."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,12 +30,12 @@ def objective(trial: optuna.Trial) -> float:
     return loss(*chosen(trial))
 
 
-def workers(folder: Path, number: int) -> list[optuna.Study]:
+def workers(folder: Path, number: int, *, seed: int = 0) -> list[optuna.Study]:
     """Handles of one study, each with a sampler of its own, as several processes have."""
     storage = f"sqlite:///{folder}/study.db"
     optuna.create_study(study_name="s", storage=storage)
     return [
-        optuna.load_study(study_name="s", storage=storage, sampler=CoupledSampler(seed=0))
+        optuna.load_study(study_name="s", storage=storage, sampler=CoupledSampler(seed=seed))
         for _ in range(number)
     ]
 
@@ -52,6 +53,24 @@ def test_workers_that_ask_before_others_have_stored_share_out_a_small_space(
             trial.study.tell(trial, loss(*chosen(trial)))
     points = {tuple(sorted(t.params.items())) for t in studies[0].trials}
     assert len(points) == 16  # all that there are
+
+
+def test_workers_do_not_get_the_same_corner_of_a_space_of_any_learning_rates(
+    tmp_path: Path,
+) -> None:
+    def in_corner(trial: optuna.Trial) -> float:
+        batch_size = trial.suggest_int("batch_size", 8, 1024, log=True)
+        lr = trial.suggest_float("lr", 1e-5, 1e-1, log=True)
+        return -math.log(batch_size) - math.log(lr)
+
+    studies = workers(tmp_path, 3, seed=1)
+    studies[0].optimize(in_corner, n_trials=6)
+    asked = [study.ask() for study in studies]
+    for trial in asked:  # all are given a point, of which none has stored the whole
+        trial.suggest_int("batch_size", 8, 1024, log=True)
+    for trial in asked:
+        trial.study.tell(trial, in_corner(trial))
+    assert len({tuple(sorted(t.params.items())) for t in studies[0].trials}) == 9
 
 
 def test_what_a_finished_trial_was_given_binds_nobody(tmp_path: Path) -> None:

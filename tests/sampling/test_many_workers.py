@@ -9,6 +9,7 @@ import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState
+from ridge_study import Objective
 from ridge_study import objective
 from ridge_study import params
 from ridge_study import run
@@ -62,7 +63,13 @@ def test_threads_share_the_sampler() -> None:
     assert study.best_value < 2.05
 
 
-def _worker(storage: str) -> None:
+def in_corner(trial: optuna.Trial) -> float:
+    """Best where both are largest, which is where all workers want to be."""
+    lr = trial.suggest_float("lr", 1e-5, 1e-1, log=True)
+    return -float(np.log(lr * trial.suggest_int("batch_size", 16, 4096, log=True)))
+
+
+def _worker(storage: str, objective: Objective) -> None:
     study = optuna.load_study(
         study_name="s", storage=storage, sampler=CoupledSampler(prior="adamw", seed=0)
     )
@@ -70,11 +77,12 @@ def _worker(storage: str) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_on_one_sqlite_study(tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", [objective, in_corner])
+def test_four_processes_on_one_sqlite_study(tmp_path: Path, objective: Objective) -> None:
     storage = f"sqlite:///{tmp_path}/study.db"
     optuna.create_study(study_name="s", storage=storage)
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_worker, args=(storage,)) for _ in range(4)]
+    workers = [context.Process(target=_worker, args=(storage, objective)) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
