@@ -30,6 +30,8 @@ _ROUND_ABOVE = 8.0
 # range of momenta up to 1 to within this fraction of its width: 0 to 1 up to 0.999.
 _SMALLEST_FRACTION = 1e-6
 _SMALLEST_COMPLEMENT = 1e-3
+# Two values are the same if they differ by rounding, and no more than so.
+_SAME = 1e-9
 # Parts of a step by which its ends may be off.
 _ROUNDED = 1e-6
 
@@ -108,7 +110,8 @@ class Axis:
     def may_recur(self, value: Any) -> bool:
         """Whether two suggestions may be this value: one of few, or an end of the range."""
         if isinstance(self.distribution, FloatDistribution) and self.distribution.step is None:
-            return value in (self.distribution.low, self.distribution.high)
+            at = self.coordinate(value)
+            return any(abs(at - end) < _SAME for end in self.bounds)
         return True
 
     def coordinate(self, value: Any) -> float:
@@ -147,7 +150,9 @@ class Axis:
         value = float(self._values(self.snapped(np.array(coordinate))))
         if isinstance(self.distribution, IntDistribution):
             return int(min(max(round(value), low), high))
-        return float(min(max(value, low), high))
+        # The ends as they were given, and not exp(ln(low)).
+        ends = (end for end in (low, high) if math.isclose(value, end, rel_tol=_SAME))
+        return float(next(ends, min(max(value, low), high)))
 
     def uniform(self, rng: np.random.Generator, count: int) -> Array:
         """Coordinates drawn uniformly, (count,)."""

@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Callable
 from collections.abc import Collection
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -26,12 +27,12 @@ class Claims:
     """The suggestions of one process for trials that run, in an entry of its own.
 
     Of two processes that are given the same at the same time at least one sees it, as each claims
-    what it was given before it looks at what the others have claimed.
+    what it was given before it looks at what the others have claimed. A study that keeps no
+    attributes, as the brackets of Hyperband, only shows what is stored.
     """
 
     def __init__(self) -> None:
         self._sampler = uuid.uuid4().hex[:8]
-        self._trials: dict[str, set[int]] = {}  # all that this process has looked after, by study
 
     def settled(
         self,
@@ -45,8 +46,7 @@ class Claims:
         """What a trial was given or, where another process has the same, something else.
 
         Args:
-            study: Of all processes. One that keeps no attributes, as the brackets of Hyperband, is
-                left alone.
+            study: Of all processes.
             given: What this process was given, by trial number.
             number: Of the trial.
             space: Its parameters.
@@ -54,10 +54,6 @@ class Claims:
             again: Suggests something for it beside what is taken.
         """
         params = dict(given[number])
-        mine = self._trials.setdefault(study.study_name, set())
-        mine.add(number)
-        if not hasattr(study, "set_user_attr") or _is_alone(study, mine, seen):
-            return params
         taken: list[Params] = []
         for attempt in range(_ROUNDS):
             others = self._of_others(study, {**given, number: params}, space, seen)
@@ -69,6 +65,8 @@ class Claims:
                 for _ in [n for n in same if n < number]:
                     taken.append(again(taken))
             params = again(taken)
+            if params in taken:  # nothing else is left
+                break
         return params
 
     def _of_others(
@@ -79,20 +77,20 @@ class Claims:
         seen: Collection[int],
     ) -> dict[int, dict[str, Any]]:
         """What other processes were given for trials that are not seen, after telling them."""
-        # As numbers: a choice may be what JSON has no word for.
-        mine = {
-            str(number): {n: d.to_internal_repr(params[n]) for n, d in space.items()}
-            for number, params in given.items()
-            if space.keys() <= params.keys()
-        }
-        study.set_user_attr(self._key(), mine)
-        claimed = {
-            int(number): {n: d.to_external_repr(values[n]) for n, d in space.items()}
-            for key, claims in study.user_attrs.items()
-            if key.startswith(attributes.SUGGESTED) and key != self._key()
-            for number, values in claims.items()
-            if space.keys() == values.keys()
-        }
+        claimed: dict[int, dict[str, Any]] = {}
+        if hasattr(study, "set_user_attr"):
+            # As numbers: a choice may be what JSON has no word for.
+            mine = {
+                str(number): {n: d.to_internal_repr(params[n]) for n, d in space.items()}
+                for number, params in given.items()
+                if space.keys() <= params.keys()
+            }
+            study.set_user_attr(self._key(), mine)
+            claimed = {
+                number: {n: d.to_external_repr(values[n]) for n, d in space.items()}
+                for number, values in self._entries(study)
+                if space.keys() == values.keys()
+            }
         # Last: what is not claimed any more is stored.
         trials = study.get_trials(deepcopy=False)
         new = {t.number: t.params for t in trials if t.number not in {*given, *seen}}
@@ -103,12 +101,14 @@ class Claims:
         }
         return {n: params for n, params in {**claimed, **stored}.items() if n in new}
 
+    def _entries(self, study: Study) -> Iterator[tuple[int, Mapping[str, float]]]:
+        for key, claims in study.user_attrs.items():
+            ours = key.startswith(attributes.SUGGESTED) and key != self._key()
+            if ours and isinstance(claims, dict):
+                for number, values in claims.items():
+                    if number.isdecimal() and isinstance(values, dict):
+                        yield int(number), values
+
     def _key(self) -> str:
         # A process that was forked has the same sampler.
         return f"{attributes.SUGGESTED}{self._sampler}_{os.getpid()}"
-
-
-def _is_alone(study: Study, mine: Collection[int], seen: Collection[int]) -> bool:
-    """Whether all trials of others had ended before the first of this process."""
-    others = [t.number for t in study.get_trials(deepcopy=False) if t.number not in mine]
-    return all(number in seen and number < min(mine) for number in others)

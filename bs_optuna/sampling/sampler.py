@@ -106,7 +106,11 @@ class CoupledSampler(BaseSampler):
 
     def __getstate__(self) -> dict[str, Any]:
         # Other threads write to what was given; elsewhere none of these trials is under way.
-        return {**self.__dict__, "_given": {}, "_read": None, "_claims": Claims()}
+        return {**self.__dict__, "_given": {}, "_read": None, "_claims": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._claims = Claims()  # two that are read from one pickle are two workers
 
     @property
     def prior(self) -> ScalingPrior:

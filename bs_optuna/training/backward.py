@@ -239,8 +239,9 @@ class AccumulatedBackward:
             self.lost.add(began)
             if give_up_onednn(outcome):
                 continue
-            # Of one sample no limit makes less; elsewhere it may be a larger try that has failed.
-            alone = self._pass.samples == 1 and not self._limit.tries
+            # The one with the most elements comes first; no limit makes less of a single sample.
+            first = self._pass.left == plan.accumulation_steps and not self._limit.tries
+            alone = first and plan.sizes[0] == 1
             if plan.microbatch_size == 1 or alone or not outcome.retryable:
                 raise does_not_fit(outcome, tried, self._cutting.setting)
             plan = self._limit.failed(plan, cut)
@@ -250,7 +251,7 @@ class AccumulatedBackward:
     def _attempt(self, plan: Plan, batch: Batch) -> torch.Tensor | OutOfMemory:
         """The loss of the batch, or what ran out; then nothing is left of the attempt."""
         before = None
-        self._pass.samples = 0
+        self._pass.left = 0  # before it begins
         try:
             before = self._snapshot(batch)
             with working_onednn():

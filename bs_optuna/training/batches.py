@@ -23,7 +23,16 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 
 
 def take(batch: Any, samples: slice | torch.Tensor) -> Any:
-    """The given samples of every tensor in a pytree; a slice gives views."""
+    """The given samples of every tensor in a pytree; a slice gives views.
+
+    Raises:
+        TypeError: A tensor is a nested one.
+    """
+    if any(getattr(leaf, "is_nested", False) for leaf in optree.tree_leaves(batch)):
+        raise TypeError(
+            "The batch holds a nested tensor, which cannot be cut into microbatches; pad it, as "
+            "with torch.nested.to_padded_tensor, and see lengths and trim."
+        )
     return optree.tree_map(lambda leaf: leaf[samples], batch)
 
 
@@ -41,7 +50,7 @@ def batch_length(batch: Any) -> int:
 
     Raises:
         ValueError: There is none, or the tensors disagree.
-        TypeError: A leaf is no tensor, a nested one, or one without dimensions.
+        TypeError: A leaf is no tensor, or one without dimensions.
     """
     lengths = set()
     for leaf in optree.tree_leaves(batch):
@@ -50,11 +59,6 @@ def batch_length(batch: Any) -> int:
             raise TypeError(
                 f"The batch holds {what:.60}; every leaf must be a tensor whose first dimension "
                 "is the sample. Keep constants in the model or the loss function."
-            )
-        if leaf.is_nested:
-            raise TypeError(
-                "The batch holds a nested tensor, which cannot be cut into microbatches; pad it, "
-                "as with torch.nested.to_padded_tensor, and see lengths and trim."
             )
         lengths.add(len(leaf))
     if len(lengths) != 1 or 0 in lengths:

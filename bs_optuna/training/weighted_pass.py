@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from bs_optuna.training.batches import Batch
-from bs_optuna.training.batches import batch_length
 from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import moved
 from bs_optuna.training.foreign_leaves import ForeignLeaves
@@ -34,7 +33,7 @@ class WeightedPass:
         exact: The modules whose running statistics are to be those of the whole batch.
 
     Attributes:
-        samples: In the microbatch that is at work, or was the last one.
+        left: Microbatches of this pass that are not done yet.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class WeightedPass:
         self._device_type = device_of(model, loss_fn).type
         self._exact = exact
         self._foreign = ForeignLeaves()
-        self.samples = 0
+        self.left = 0
 
     def __call__(
         self, microbatches: list[tuple[float, Batch]], before: StepSnapshot, *, split: bool
@@ -71,6 +70,7 @@ class WeightedPass:
         Raises:
             ValueError: The loss trains what ``before`` does not know.
         """
+        self.left = len(microbatches)
         try:
             return self._total(microbatches, before, split)
         except BaseException:
@@ -93,7 +93,6 @@ class WeightedPass:
         return total
 
     def _accumulated(self, weight: float, part: Batch, before: StepSnapshot) -> torch.Tensor:
-        self.samples = batch_length(part)
         loss = self._loss(part)
         if not isinstance(loss, torch.Tensor):
             raise TypeError(
@@ -103,6 +102,7 @@ class WeightedPass:
         self._foreign.check(loss, before)
         weighted = loss if weight == 1.0 else loss * weight
         (weighted if self._scaler is None else self._scaler.scale(weighted)).backward()
+        self.left -= 1
         return loss.detach()
 
     def _loss(self, part: Batch) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,13 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution
 from ridge_study import loss
+from ridge_study import run
 
 from bs_optuna.sampling import CoupledSampler
 from bs_optuna.sampling import attributes
+from bs_optuna.sampling import sampler
 from bs_optuna.sampling.claims import Claims
+from bs_optuna.sampling.fit import Fit
 
 
 SIZES = [32, 64, 128, 256]
@@ -55,13 +59,14 @@ def test_workers_that_ask_before_others_have_stored_share_out_a_small_space(
     assert len(points) == 16  # all that there are
 
 
+@pytest.mark.parametrize(("low", "high", "sign"), [(1e-5, 1e-1, -1), (1e-4, 1e-1, 1)])
 def test_workers_do_not_get_the_same_corner_of_a_space_of_any_learning_rates(
-    tmp_path: Path,
+    tmp_path: Path, low: float, high: float, sign: int
 ) -> None:
     def in_corner(trial: optuna.Trial) -> float:
         batch_size = trial.suggest_int("batch_size", 8, 1024, log=True)
-        lr = trial.suggest_float("lr", 1e-5, 1e-1, log=True)
-        return -math.log(batch_size) - math.log(lr)
+        lr = trial.suggest_float("lr", low, high, log=True)
+        return sign * (math.log(batch_size) + math.log(lr))
 
     studies = workers(tmp_path, 3, seed=1)
     studies[0].optimize(in_corner, n_trials=6)
@@ -86,19 +91,64 @@ def test_what_a_finished_trial_was_given_binds_nobody(tmp_path: Path) -> None:
     assert claims  # of the second, which nobody minds any more
 
 
-@pytest.mark.parametrize("alone", ["one worker", "any learning rate"])
-def test_where_no_point_can_be_given_twice_the_study_is_left_alone(
-    tmp_path: Path, alone: str
+@pytest.mark.parametrize("seed", range(3))
+def test_one_that_joins_does_not_get_what_the_first_is_about_to_store(
+    tmp_path: Path, seed: int
 ) -> None:
+    study, other = workers(tmp_path, 2, seed=seed)
+    study.optimize(objective, n_trials=6)
+    first = study.ask()
+    first.suggest_categorical("batch_size", SIZES)
+    second = other.ask()
+    assert chosen(second) != chosen(first)
+
+
+def test_a_study_in_which_no_two_suggestions_can_be_equal_is_left_alone() -> None:
+    study = run(n_trials=6)
+    assert not {1e-5, 1e-1} & {t.params["lr"] for t in study.trials}
+    assert not study.user_attrs
+
+
+def test_attributes_of_others_are_no_claims(tmp_path: Path) -> None:
     study, other = workers(tmp_path, 2)
     study.optimize(objective, n_trials=4)
-    if alone == "any learning rate":
-        study = optuna.create_study(sampler=CoupledSampler(seed=0))
-        study.optimize(lambda t: loss(64, t.suggest_float("lr", 1e-5, 1e-1, log=True)), 4)
-        study.ask()
-        other = study
-    other.ask()
-    assert not study.user_attrs
+    study.set_user_attr(attributes.SUGGESTED + "by", "Alice")
+    study.set_user_attr(attributes.SUGGESTED + "to", {"Bob": 1, "7": "x"})
+    study.ask()
+    chosen(other.ask())
+
+
+def test_samplers_from_one_pickle_are_two_workers(tmp_path: Path) -> None:
+    studies = workers(tmp_path, 2)
+    studies[0].optimize(objective, n_trials=6)
+    stored = pickle.dumps(studies[0].sampler)
+    asked = []
+    for study in studies:
+        study.sampler = pickle.loads(stored)
+        asked.append(study.ask())
+        asked[-1].suggest_categorical("batch_size", SIZES)
+    assert len({chosen(trial) for trial in asked}) == 2
+
+
+def test_where_no_point_is_left_nobody_searches_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    class Counted(Fit):
+        def __init__(self, *args: Any, **more: Any) -> None:
+            nonlocal calls
+            calls += 1
+            super().__init__(*args, **more)
+
+    monkeypatch.setattr(sampler, "Fit", Counted)
+    studies = workers(tmp_path, 8)
+    for study in studies[:2]:
+        study.optimize(lambda t: t.suggest_categorical("lr", [1e-4, 1e-3]), n_trials=2)
+    calls = 0
+    for study in studies:
+        study.ask().suggest_categorical("lr", [1e-4, 1e-3])
+    assert 8 <= calls <= 16
 
 
 class _AtOnce(optuna.Study):
@@ -164,9 +214,19 @@ def test_what_others_have_finished_meanwhile_is_not_given_again(seen: bool) -> N
     assert params == {"lr": 1e-4 if seen else 3e-4}
 
 
-def test_the_brackets_of_hyperband_which_keep_no_attributes_are_left_alone() -> None:
-    pruner = optuna.pruners.HyperbandPruner(1, 9)
-    study = optuna.create_study(sampler=CoupledSampler(seed=0), pruner=pruner)
-    study.optimize(objective, n_trials=10, n_jobs=2)
-    assert len(study.trials) == 10
+class _Watched(CoupledSampler):
+    def sample_relative(self, study: optuna.Study, *rest: Any) -> dict[str, Any]:
+        self.seen = study
+        return super().sample_relative(study, *rest)
+
+
+def test_the_brackets_of_hyperband_which_keep_no_attributes_show_what_is_stored() -> None:
+    watched = _Watched(seed=0)
+    pruner = optuna.pruners.HyperbandPruner(1, 1)  # one bracket
+    study = optuna.create_study(sampler=watched, pruner=pruner)
+    study.optimize(objective, n_trials=6, n_jobs=2)
     assert not study.user_attrs
+    given, space = study.trials[0].params, study.trials[0].distributions
+    other = {"batch_size": 64, "lr": 1e-4}
+    settled = Claims().settled(watched.seen, {9: given}, 9, space, (), lambda taken: other)
+    assert settled == other

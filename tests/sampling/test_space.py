@@ -14,6 +14,8 @@ from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 
+from bs_optuna.sampling.axis import Axis
+from bs_optuna.sampling.axis import Warp
 from bs_optuna.sampling.space import Names
 from bs_optuna.sampling.space import Space
 
@@ -142,3 +144,23 @@ def test_what_has_no_logarithm_is_never_suggested(
         assert axis.snapped(np.array([here]))[0] == pytest.approx(here, abs=1e-9)
     drawn = axis.uniform(np.random.default_rng(0), 100)
     assert np.abs(axis.scaled(drawn)).max() <= 1.0 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("distribution", "ratio"),
+    [
+        *((FloatDistribution(low, 0.1, log=True), "log") for low in (1e-6, 5e-5, 1e-4, 3e-4, 1e-3)),
+        (FloatDistribution(0.0, 0.1), "log"),
+        (FloatDistribution(0.0, 1.0), "log of 1 - v"),
+        (FloatDistribution(0.8, 0.999), "log of 1 - v"),
+        (FloatDistribution(-1.0, 3.0), "none"),
+    ],
+)
+def test_only_the_ends_of_a_range_may_recur(distribution: FloatDistribution, ratio: Warp) -> None:
+    axis = Axis.of("x", distribution, ratio=ratio)
+    low, high = axis.bounds
+    for end in axis.bounds:
+        assert axis.may_recur(axis.value(end))
+    assert not axis.may_recur(axis.value(0.3 * low + 0.7 * high))
+    if distribution.log:
+        assert axis.value(low) == distribution.low  # and not exp(ln(low))

@@ -241,12 +241,6 @@ def test_a_loss_of_low_precision_is_summed_in_single(
         (torch.zeros(0, 5), torch.zeros(0), ValueError, r"at least 1"),
         (["a", "b"], None, TypeError, "'a'; every leaf must be a tensor"),
         (torch.tensor(1.0), None, TypeError, "a tensor without dimensions"),
-        (
-            torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
-            None,
-            TypeError,
-            "nested tensor, which cannot be cut into microbatches; pad it",
-        ),
     ],
 )
 def test_what_cannot_be_split_is_refused(
@@ -254,6 +248,34 @@ def test_what_cannot_be_split_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         AccumulatedBackward(mlp(), nn.functional.cross_entropy)(inputs, targets)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_tensor_may_be_a_whole_batch_but_not_cut() -> None:
+    inputs = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.jagged)
+
+    def loss_fn(outputs: torch.Tensor, targets: None) -> torch.Tensor:
+        return outputs.values().square().mean()
+
+    assert AccumulatedBackward(nn.Linear(3, 1), loss_fn)(inputs).accumulation_steps == 1
+    with pytest.raises(
+        TypeError, match=r"nested tensor, which cannot be cut into microbatches; pad"
+    ):
+        AccumulatedBackward(nn.Linear(3, 1), loss_fn, microbatch_size=1)(inputs)
+
+
+def test_a_last_single_sample_that_meets_a_passing_spike_is_tried_again() -> None:
+    model, calls = mlp(), 0
+
+    def loss_fn(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise MemoryError
+        return nn.functional.cross_entropy(outputs, targets)
+
+    batch = torch.ones(3, 5, dtype=torch.float64), torch.arange(3) % 2
+    assert AccumulatedBackward(model, loss_fn, microbatch_size=2)(*batch).sizes_tried == (2, 1)
 
 
 def test_a_batch_that_was_computed_is_refused_before_anything_runs() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -87,6 +90,71 @@ def test_optimizers_without_a_name_of_their_own_are_told_apart(
 ) -> None:
     assert key(optimizer=one) == key(optimizer=one)
     assert key(optimizer=one) != key(optimizer=other)
+
+
+class Odd(nn.Module):
+    """Holds what differs from model to model, and from device to device."""
+
+    made = itertools.count()
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.layer, self.number, self.name = nn.Linear(3, 4), next(self.made), uuid.uuid4().hex
+        self.device = device
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.layer(x)
+        return outputs
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Odd,
+        lambda: torch.compile(nn.Linear(3, 4)),
+        lambda: torch.jit.script(nn.Linear(3, 4)),
+        lambda: nn.Sequential(torch.jit.trace(nn.Linear(3, 4), torch.ones(1, 3))),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_is_new_in_each_model_makes_no_new_key(model: Callable[[], nn.Module]) -> None:
+    assert key(model=model) == key(model=model)
+
+
+def test_equal_devices_have_the_same_key() -> None:
+    assert key(model=lambda: Odd("cuda:0")) == key(model=lambda: Odd("cuda:1"))
+
+
+@dataclass
+class Config:
+    """Settings of a model in a record."""
+
+    depth: int
+
+
+def holding(setting: object) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = nn.Linear(3, 4)
+        model.setting = setting  # type: ignore[assignment]
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [((1, 1), (4, 4)), (2.0, 16.0), ([2, 6], [2, 7]), (Config(1), Config(9))]
+)
+def test_settings_of_every_plain_kind_count(one: object, other: object) -> None:
+    assert key(model=holding(one)) == key(model=holding(one))
+    assert key(model=holding(one)) != key(model=holding(other))
+
+
+def test_what_a_loss_function_closes_over_counts() -> None:
+    def loss(times: int) -> LossFunction:
+        return lambda outputs, targets: (outputs * times).mean()
+
+    assert key(loss(1)) == key(loss(1))
+    assert key(loss(1)) != key(loss(2))
 
 
 def test_what_a_setting_of_the_optimizer_is_does_not_matter_if_its_states_are_as_many() -> None:

@@ -147,3 +147,23 @@ def test_inputs_that_require_grad_get_it_from_each_microbatch() -> None:
         found.append(inputs.grad)
     assert found[0] is not None
     torch.testing.assert_close(found[0], found[1])
+
+
+def test_trim_may_add_what_has_no_samples() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(10, 4)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return (mask @ self.embed(x)).mean((1, 2))
+
+    backward = AccumulatedBackward(
+        Masked(),
+        nn.functional.mse_loss,
+        microbatch_tokens=16,
+        lengths=lambda inputs, targets: [8, 3, 2, 5, 4, 6],
+        trim=lambda inputs, targets, n: ((inputs[0][:, :n], torch.ones(n, n).tril()), targets),
+    )
+    result = backward((torch.randint(1, 10, (6, 8)),), torch.randn(6))
+    assert result.accumulation_steps > 1
