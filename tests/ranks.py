@@ -55,8 +55,9 @@ def rank_main(cases: dict[str, Callable[[int], Any]]) -> None:
     leave_out_of_collections()
     torch.save(cases[case](rank), folder / f"{rank}.pt")
     dist.barrier()
-    gc.collect()  # what holds the group keeps gloo's threads, which may abort a process that ends
+    gc.collect()  # what holds the group keeps gloo's threads
     dist.destroy_process_group()
+    os._exit(0)  # those of them that are left now and then abort a process that ends
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -84,14 +84,17 @@ def test_two_workers_search_for_what_fits_once(
 def test_a_claim_of_a_killed_worker_does_not_bind_the_others(tmp_path: Path) -> None:
     # In the first step: not in the rehearsal, of two samples, nor in a prediction on fake tensors.
     dies = "self.training and len(x) > 2 and type(x) is torch.Tensor"
-    write_task(tmp_path, do=f"import os; {dies} and os.kill(os.getpid(), 9)")
+    # The code stays the same, as what fits is remembered for that.
+    (tmp_path / "deadly").touch()
+    deadly = f"os.path.exists({str(tmp_path / 'deadly')!r})"
+    write_task(tmp_path, do=f"import os; {dies} and {deadly} and os.kill(os.getpid(), 9)")
     arguments = ("--memory-limit", "2GiB", "--trials", "3", "--batch-size", "256:256")
     assert start(tmp_path, *arguments).wait(timeout=300) == -9
     (killed,) = trials(tmp_path)
     assert killed.state == TrialState.RUNNING
     assert killed.user_attrs[attributes.MICROBATCH_TRIED] == 256
 
-    write_task(tmp_path)
+    (tmp_path / "deadly").unlink()
     assert start(tmp_path, *arguments).wait(timeout=300) == 0
     still, *others = trials(tmp_path)
     assert still.state == TrialState.RUNNING  # nobody knows: it gave signs of life until just now
