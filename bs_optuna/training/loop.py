@@ -32,6 +32,7 @@ from bs_optuna.training.rungs import Checkpoint
 from bs_optuna.training.rungs import rungs
 from bs_optuna.training.schedule import Schedule
 from bs_optuna.training.search import Search
+from bs_optuna.training.snapshot import parameters_of
 from bs_optuna.training.stepping import GuardedStep
 from bs_optuna.training.task import TrainingTask
 from bs_optuna.training.unusable import check_kind_of_loss
@@ -208,9 +209,7 @@ class TrainingRun:
                 loss = copy.deepcopy(self._given_loss).to(self._device)
                 self._task = replace(self._task, loss=loss)
         self._model.train()
-        self._parameters = list(self._model.parameters())
-        if isinstance(self._task.loss, nn.Module):
-            self._parameters += self._task.loss.parameters()
+        self._parameters = parameters_of(self._modules())
         make_optimizer = optimizer_factory(self._task.optimizer)
         self._optimizer = make_optimizer(self._parameters, self.settings.learning_rate)
         self._guarded_step = GuardedStep(self._optimizer)

@@ -34,8 +34,8 @@ def memory_key(task: TrainingTask, *, device: torch.device, limit_bytes: int | N
     What fits is true for one such combination only: a small model must not inherit the microbatch
     of a big one. Two models with the same parameters differ if a layer runs a hundred times in one
     of them, so the plain settings of modules and the code of their classes count too, but for
-    those that differ between two models that the task makes, such as an id. What functions beside
-    them do is not looked at.
+    settings that differ between two models that the task makes, such as an id. Functions that the
+    classes call are not looked into.
 
     Args:
         task: Its model is built twice, and its optimizer once.

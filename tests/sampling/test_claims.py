@@ -78,17 +78,21 @@ def test_workers_do_not_get_the_same_corner_of_a_space_of_any_learning_rates(
     assert len({tuple(sorted(t.params.items())) for t in studies[0].trials}) == 9
 
 
-def test_what_a_finished_trial_was_given_binds_nobody(tmp_path: Path) -> None:
-    studies = workers(tmp_path, 2)
-    studies[0].optimize(objective, n_trials=4)
-    first, second = studies[0].ask(), studies[1].ask()
-    given = chosen(second)
-    studies[1].tell(second, state=optuna.trial.TrialState.FAIL)
-    third = studies[0].ask()
-    assert chosen(first) != given
-    assert chosen(third) != chosen(first)
-    claims = [v for k, v in studies[0].user_attrs.items() if k.startswith(attributes.SUGGESTED)]
-    assert claims  # of the second, which nobody minds any more
+def test_what_a_trial_that_has_ended_was_given_binds_nobody() -> None:
+    study = optuna.create_study()
+    space = {"lr": CategoricalDistribution(RATES)}
+    given = {"lr": 1e-4}
+
+    def settled(worker: Claims, trial: optuna.Trial, *, seen: Sequence[int] = ()) -> Any:
+        mine = {trial.number: given}
+        return worker.settled(study, mine, trial.number, space, seen, lambda taken: {"lr": 3e-4})
+
+    one, other = Claims(), Claims()
+    first, second = study.ask(), study.ask()
+    assert settled(one, first) == given
+    assert settled(other, second) != given  # while it runs, and has stored nothing
+    study.tell(first, state=optuna.trial.TrialState.FAIL)
+    assert settled(other, second, seen=[first.number]) == given
 
 
 @pytest.mark.parametrize("seed", range(3))

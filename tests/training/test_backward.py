@@ -264,20 +264,6 @@ def test_a_nested_tensor_may_be_a_whole_batch_but_not_cut() -> None:
         AccumulatedBackward(nn.Linear(3, 1), loss_fn, microbatch_size=1)(inputs)
 
 
-def test_a_last_single_sample_that_meets_a_passing_spike_is_tried_again() -> None:
-    model, calls = mlp(), 0
-
-    def loss_fn(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise MemoryError
-        return nn.functional.cross_entropy(outputs, targets)
-
-    batch = torch.ones(3, 5, dtype=torch.float64), torch.arange(3) % 2
-    assert AccumulatedBackward(model, loss_fn, microbatch_size=2)(*batch).sizes_tried == (2, 1)
-
-
 def test_a_batch_that_was_computed_is_refused_before_anything_runs() -> None:
     model, source = mlp(), torch.ones(8, 5, dtype=torch.float64, requires_grad=True)
     computed, targets = source * 2, torch.randint(3, (8,))

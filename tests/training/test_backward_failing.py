@@ -279,3 +279,18 @@ def test_an_error_of_the_users_own_passes_and_leaves_no_trace() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         AccumulatedBackward(model, loss_fn)(*images())
     assert_equal(state(model), before)
+
+
+def test_a_last_single_sample_that_meets_a_passing_spike_is_tried_again() -> None:
+    calls = 0
+
+    def loss_fn(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise MemoryError
+        return nn.functional.cross_entropy(outputs, targets)
+
+    inputs, targets = images()
+    backward = AccumulatedBackward(network(), loss_fn, microbatch_size=2)
+    assert backward(inputs[:3], targets[:3]).sizes_tried == (2, 1)
