@@ -146,8 +146,7 @@ class CoupledSampler(BaseSampler):
                     now = study.get_trials(deepcopy=False)
                     return self._suggested(study, trial, search_space, now, taken)
 
-                given = {k[1]: p for k, p in self._given.items() if k[0] == study.study_name}
-                given[trial.number] = params
+                given = {**self._given_in(study.study_name), trial.number: params}
                 seen = {t.number for t in trials if t.state.is_finished()}
                 params = self._claims.settled(study, given, trial.number, search_space, seen, again)
             self._given[study.study_name, trial.number] = params
@@ -193,8 +192,12 @@ class CoupledSampler(BaseSampler):
         # Hyperband shows each of its brackets only the trials of that.
         numbers = {t.number for t in trials}
         known = stored | (set(range(before)) - numbers)
-        given = [(k[1], p) for k, p in self._given.items() if k[0] == study_name]
+        given = self._given_in(study_name).items()
         return [p for number, p in given if names <= set(p) and number not in known]
+
+    def _given_in(self, study_name: str) -> dict[int, dict[str, Any]]:
+        """What this process was given for trials of a study that may still run, by number."""
+        return {number: p for (name, number), p in self._given.items() if name == study_name}
 
     def sample_independent(
         self,
