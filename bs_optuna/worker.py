@@ -37,7 +37,7 @@ def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
     # The terminal sends Ctrl-C to all of its processes; the parent passes it on, once, as SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     interruption = _Interruption(pipe)
-    threading.Thread(target=_outlive_no_parent, daemon=True).start()
+    threading.Thread(target=_outlive_no_parent, args=(interruption,), daemon=True).start()
     try:
         _run_trials(config, checkpoints, pipe, interruption)
     except UserError as error:
@@ -66,10 +66,11 @@ def set_up_libraries() -> None:
     torch.set_flush_denormal(True)
 
 
-def _outlive_no_parent() -> None:
+def _outlive_no_parent(interruption: _Interruption) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
+    interruption.orphaned = True
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -85,6 +86,7 @@ class _Interruption:
 
     def __init__(self, pipe: Connection) -> None:
         self.asked = False
+        self.orphaned = False  # told apart: the pipe may end a moment after the parent
         self._deferred = False
         self._pipe = pipe
 
@@ -121,7 +123,7 @@ class _Interruption:
     def _is_told(self) -> bool:
         """Whether the parent has said no, or is gone: in a trial it says nothing else."""
         try:
-            return self._pipe.poll()
+            return self.orphaned or self._pipe.poll()
         except OSError:
             return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from bs_optuna.study import requeue_interrupted
 from bs_optuna.study.tuning import prepare
 from bs_optuna.study.workers import run_in_workers
 from bs_optuna.tasks import digits
+from bs_optuna.worker import work
 
 
 WORKER = """
@@ -139,6 +141,31 @@ def test_an_interruption_while_a_worker_starts_is_not_lost(tmp_path: Path) -> No
         )
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert tuning.study.get_trials() == []
+
+
+def parent_of_a_worker(config: StudyConfig, folder: Path, pipe: Connection) -> None:
+    multiprocessing.get_context("spawn").Process(target=work, args=(config, folder, pipe)).start()
+    signal.pause()
+
+
+@pytest.mark.slow
+def test_a_worker_queues_its_trial_though_the_pipe_outlives_its_parent(tmp_path: Path) -> None:
+    # The system closes what a dead process held one by one, the pipe perhaps last.
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    config = StudyConfig(storage=url, budget="samples=1e7", isolate=True)
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    parent = context.Process(target=parent_of_a_worker, args=(config, tmp_path, there))
+    parent.start()
+    there.close()
+    here.send(True)
+    assert [here.recv()[0], here.recv()[0]] == ["created", "started"]
+    parent.kill()
+    with pytest.raises(EOFError):  # no process holds the other end any more
+        here.recv()
+    first, again = open_study(storage=url, name="digits").get_trials()
+    assert (first.state, again.state) == (TrialState.FAIL, TrialState.WAITING)
+    assert again.system_attrs["fixed_params"] == first.params
 
 
 @dataclass(frozen=True)
