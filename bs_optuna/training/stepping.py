@@ -195,7 +195,7 @@ class GuardedStep:
         optimizer = self._optimizer
         in_place = self._scaler is None and (self._fuses or _steps_in_place(optimizer))
         parameters = _stepped(optimizer)
-        if in_place and all(map(optimizer.state.get, parameters)) and _alike(optimizer):
+        if in_place and _has_its_state(optimizer, parameters) and _alike(optimizer):
             # A single group is stepped or not, which takes no notes.
             self._groups = StepGroups(optimizer) if len(optimizer.param_groups) > 1 else None
             done = [] if self._groups is None else self._groups.done
@@ -277,6 +277,15 @@ def _parts(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
             if p.grad is not None:
                 parts[number, p.device, p.dtype].append(p)
     return list(parts.values())
+
+
+def _has_its_state(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> bool:
+    """Whether a step creates none."""
+    if type(optimizer) is torch.optim.SGD and not any(
+        g["momentum"] for g in optimizer.param_groups
+    ):
+        return True
+    return all(map(optimizer.state.get, parameters))
 
 
 def _alike(optimizer: torch.optim.Optimizer) -> bool:
