@@ -10,14 +10,16 @@ import optuna
 from optuna.trial import TrialState
 
 from bs_optuna.errors import DivergedError
-from bs_optuna.errors import MicrobatchDoesNotFitError
-from bs_optuna.errors import StepDoesNotFitError
 from bs_optuna.errors import StudyError
+from bs_optuna.errors import TrainingError
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.recommend import recommend
 from bs_optuna.sampling.recommendation import Recommendation
 from bs_optuna.study.blame import named_errors
 from bs_optuna.study.tuning import Tuning
+from bs_optuna.training.oom import classify
+from bs_optuna.training.oom import empty_caches
+from bs_optuna.training.oom import release
 from bs_optuna.training.schedule import LONGEST_WARMUP
 
 
@@ -83,7 +85,11 @@ def conclude(tuning: Tuning, *, final_runs: int) -> Conclusion | None:
                     seed=tuning.objective.seed + FINAL_SEEDS + k,
                     study=tuning.study,
                 )
-        except (DivergedError, MicrobatchDoesNotFitError, StepDoesNotFitError):
+        except (DivergedError, MemoryError, TrainingError) as error:
+            if not isinstance(error, DivergedError) and classify(error) is None:
+                raise
+            release(error)
+            empty_caches()
             failed += 1
             continue
         for part, values in run.items():

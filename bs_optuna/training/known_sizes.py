@@ -58,11 +58,11 @@ def learned(
     """
     # What ran in the end has failed because of a spike that passed. So has, among others, what is
     # less than half of what had run before: memory does not shrink to a part in one training.
-    fits = max(run.fits, run.ran // 2)
-    failed = [size for size in (*run.failed_sizes, *elsewhere) if size > fits]
+    spikes = max(run.fits, run.ran // 2)
+    failed = [size for size in (*run.failed_sizes, *elsewhere) if size > spikes]
     return {
         attributes.MEMORY_KEY: memory_key,
-        attributes.MICROBATCH_FITS: fits,
+        attributes.MICROBATCH_FITS: run.fits,
         attributes.MICROBATCH_FAILS: min(failed, default=None),
         attributes.EVALUATION_FITS: run.evaluation_fits,
     }

@@ -71,7 +71,7 @@ class TrainingRun:
             they vary in length this and all sizes here are in samples of the longest.
         accumulation_steps: Microbatches of the last step that was tried.
         fits: Largest microbatch that a full step was done with since the last one ran out of
-            memory; 0 before the first.
+            memory; 0 before the first, and while microbatches held less than the longest sample.
         ran: Largest microbatch that a full step was ever done with.
         failed_sizes: Microbatch sizes that ran out of memory.
         evaluation_fits: Samples in a piece of an evaluation, if a larger piece ran out of memory.
@@ -264,7 +264,9 @@ class TrainingRun:
         self.ran = max(self.ran, self._held)
         short = not fitted and (failed or settings.short_of_memory)
         if short and settings.evaluation_batch_size is None:
-            self._evaluation.batch_size = 2 * self.fits  # without gradients that fits as a rule
+            self._evaluation.batch_size = max(
+                1, 2 * self.fits
+            )  # without gradients that fits as a rule
         if self._search is not None and (failed or self.fits > fitted):
             self._search.learned(self)
         self.samples += settings.batch_size
@@ -294,10 +296,11 @@ class TrainingRun:
         # Of samples that vary one batch may hold little: what counts is what the next one may hold.
         limit = ran if self._unit.elements is None else self._backward.microbatch_tokens or ran
         self._tried(self._unit.size(limit), steps=result.accumulation_steps)
-        self._held = max(1, self._unit.full_size(ran))
+        self._held = self._unit.full_size(ran)
         if self.steps == 0 and result.backoffs:
             # What has never run here does not fit; only what has run may grow back to that.
             self._backward = self._make_backward()
+            self._losses.append(self._backward.lost)
         return result.loss
 
     def _tried(self, size: int, *, steps: int | None = None) -> None:

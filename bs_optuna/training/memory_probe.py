@@ -29,6 +29,7 @@ from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import moved
 from bs_optuna.training.batches import take
 from bs_optuna.training.data import first_samples
+from bs_optuna.training.normalization import needs_two_samples
 from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.snapshot import parameters_of
 from bs_optuna.training.stepping import GuardedStep
@@ -36,8 +37,6 @@ from bs_optuna.training.task import TrainingTask
 from bs_optuna.training.weighted_pass import LossFunction
 
 
-# A single sample is counted as two, because BatchNorm refuses it.
-FEWEST_SAMPLES = 2
 # What a step needs beside its tensors: an arena of Python's objects (1 MiB), some small blocks, and
 # in a large memory what the allocator cannot use.
 MARGIN_BYTES = 3 * 2**19
@@ -81,8 +80,14 @@ class MemoryProbe:
             make_optimizer = optimizer_factory(task.optimizer)
             self._update = GuardedStep(make_optimizer(parameters_of(modules), 1e-3))
         self._batch_size = batch_size
-        self._least = min(FEWEST_SAMPLES, batch_size)
-        self._first_bytes = self._step(self._least)
+        self._least = 1
+        try:
+            self._first_bytes = self._step(1)
+        except UntraceableError as error:
+            if batch_size == 1 or not needs_two_samples(error.__cause__):
+                raise
+            self._least = 2
+            self._first_bytes = self._step(2)
 
     def peak_bytes(self, microbatch_size: int) -> int:
         """Most bytes held at a time while a batch is trained on in microbatches of this size.

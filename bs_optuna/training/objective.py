@@ -225,6 +225,10 @@ class TrainingObjective:
         most = min(batch_size, largest or batch_size)
         if attempt is not None:
             most = attempt.most(most)
+        killed = attempt is not None and attempt.killed_by is not None
+        pieces = known.evaluation
+        if pieces is None and not killed:  # an evaluation may have been what it died of
+            pieces = predicted.evaluation
         size = known.microbatch.start(most, predicted=predicted.microbatch)
         # What was measured here has run here.
         unseen = self._starting_sizes.searched and self._microbatch_size != "fastest"
@@ -236,8 +240,8 @@ class TrainingObjective:
             budget=self.budget,
             seed=seed,
             microbatch_size=size,
-            evaluation_batch_size=known.evaluation or predicted.evaluation,
-            short_of_memory=known.microbatch.fails is not None,
+            evaluation_batch_size=pieces,
+            short_of_memory=killed or known.microbatch.fails is not None,
             evaluations=EVALUATIONS,
             oom_budget=self._oom_budget,
         )

@@ -19,7 +19,8 @@ class OptimizerSnapshot:
     Args:
         optimizer: About to step.
         parameters: Those that it will change.
-        in_place: Whether parameters and large state need no copy.
+        done: Groups that it will have stepped when it fails, if each is stepped in place, as a
+            whole or not at all: parameters and large state then need no copy. None copies all.
         on_host: Whether to keep the copies in the host's memory.
     """
 
@@ -27,10 +28,12 @@ class OptimizerSnapshot:
         self,
         optimizer: torch.optim.Optimizer,
         parameters: list[torch.Tensor],
-        in_place: bool,
+        done: Sequence[Mapping[str, Any]] | None,
         on_host: bool,
     ) -> None:
+        in_place = done is not None
         self._optimizer = optimizer
+        self._done = done
         self._attributes = dict(vars(optimizer))
         self._state = {key: _containers_copied(e) for key, e in optimizer.state.items()}
         self._settings = [_containers_copied(_settings(group)) for group in optimizer.param_groups]
@@ -40,12 +43,21 @@ class OptimizerSnapshot:
             tensors = [t for t in tensors if t.numel() == 1]
         else:
             tensors += parameters
+        foreign = not type(optimizer).__module__.startswith("torch.")
+        if foreign:  # many published ones add the weight decay to the gradients, where they are
+            tensors += [p.grad for p in parameters if p.grad is not None]
+        wrapped = [o for o in vars(optimizer).values() if isinstance(o, torch.optim.Optimizer)]
+        self._wrapped = [OptimizerSnapshot(o, [], None, on_host) for o in wrapped]
         self._copies = [(t, _copy(t, "cpu" if on_host else t.device)) for t in tensors]
         # Nothing is drawn by those that step in place.
         self._random = None if in_place else RandomStates({p.device.type for p in parameters})
 
     def restore(self) -> None:
-        """Puts back what was copied; large tensors that step in place are not."""
+        """Puts back what was copied, unless all has been stepped in place."""
+        if self._done is not None and len(self._done) == len(self._optimizer.param_groups):
+            return
+        for wrapped in self._wrapped:
+            wrapped.restore()
         with torch.no_grad():
             for tensor, copy in self._copies:
                 tensor.copy_(copy)

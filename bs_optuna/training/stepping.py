@@ -63,8 +63,10 @@ class GuardedStep:
     memory once the device had no room for that. The same goes for the first step of a fused one
     with several groups, and for each step of one with several devices or types in a group.
 
-    Not looked after: attributes of an optimizer other than ``state`` and ``param_groups``, and what
-    hooks on its step do.
+    A hook after a step that runs out of memory is called again, without a second step by one that
+    steps fused. An optimizer that is not PyTorch's own may change the gradients, which are copied
+    too, and may wrap another one, whose state is. What hooks change, and what else an optimizer
+    keeps in objects of its own, is not looked after.
 
     Args:
         optimizer: Called without a closure.
@@ -164,6 +166,8 @@ class GuardedStep:
             return
         if outcome in (PARTLY, DOES_NOT_FIT):
             if before is not None:
+                if self._groups is not None:
+                    self._groups.done.clear()  # what was stepped here is undone too
                 before.restore()
             if self._scaler is None:
                 ranks.take_from(worst, self._changed_in_place())
@@ -196,13 +200,14 @@ class GuardedStep:
         in_place = self._scaler is None and (self._fuses or _steps_in_place(optimizer))
         parameters = _stepped(optimizer)
         if in_place and _has_its_state(optimizer, parameters) and _alike(optimizer):
-            # A single group is stepped or not, which takes no notes.
-            self._groups = StepGroups(optimizer) if len(optimizer.param_groups) > 1 else None
-            done = [] if self._groups is None else self._groups.done
+            self._groups = StepGroups(optimizer)
+            done = self._groups.done
             return lambda on_host: CounterSnapshot(optimizer, done)
         # The state of a later part is created when the first has already been stepped.
-        in_place = in_place and len(_parts(optimizer)) <= 1
-        return partial(OptimizerSnapshot, optimizer, parameters, in_place)
+        if in_place and len(_parts(optimizer)) <= 1:
+            self._groups = StepGroups(optimizer)
+            return partial(OptimizerSnapshot, optimizer, parameters, self._groups.done)
+        return partial(OptimizerSnapshot, optimizer, parameters, None)
 
     def _clip(self, parts: list[list[torch.Tensor]], max_norm: float) -> None:
         grads = [p.grad for part in parts for p in part if p.grad is not None]

@@ -228,6 +228,13 @@ def test_the_largest_that_fits_is_the_largest_below_the_margin(model: str) -> No
     assert probe.largest_fitting(MARGIN_BYTES) == 0
 
 
+def test_a_single_sample_is_not_taken_for_two() -> None:
+    probe = make_probe(make_task("transformer"))
+    one, two, three = (probe.peak_bytes(size) for size in (1, 2, 3))
+    assert one < two
+    assert three - two == pytest.approx(two - one, rel=0.5)
+
+
 def test_a_batch_norm_that_refuses_one_sample_is_predicted_with_two() -> None:
     model = lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(144), nn.Linear(144, 10))  # noqa: E731
     probe = make_probe(make_task("mlp", model=model))

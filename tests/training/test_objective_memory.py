@@ -90,6 +90,8 @@ def test_a_sample_that_does_not_fit_prunes_with_its_reason(study: optuna.Study) 
     assert trial.state == TrialState.PRUNED
     assert trial.user_attrs[attributes.PRUNE_REASON].startswith("memory: Out of memory")
     assert trial.user_attrs[attributes.MICROBATCH_FAILS] == 1
+    assert trial.user_attrs[attributes.OOM_ATTEMPTS] == 7
+    assert trial.user_attrs[attributes.BACKOFFS] == 6  # from 64 to a single sample
     Limited.seen.clear()
     again = run_trial(make_objective(task), study, batch_size=64, lr=0.5)
     assert again.user_attrs[attributes.PRUNE_REASON].startswith("memory: a single sample")
@@ -165,6 +167,24 @@ def test_what_was_lost_is_counted_wherever_memory_ran_out(study: optuna.Study) -
     whole = run_trial(make_objective(make_task()), study, batch_size=64, lr=0.5)
     assert attributes.OOM_ATTEMPTS not in whole.user_attrs
     assert attributes.OOM_SECONDS not in whole.user_attrs
+
+
+def test_what_is_lost_after_the_search_for_a_size_is_counted_too(study: optuna.Study) -> None:
+    class Spiky(Limited):
+        """Another tenant takes the memory away for one pass, after the first step."""
+
+        spikes = itertools.cycle([False] * 20 + [True])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training and len(x) == self.fits and next(self.spikes):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+            return super().forward(x)
+
+    objective = make_objective(make_task(model=lambda: Spiky(8)))
+    stored = run_trial(objective, study, batch_size=64, lr=0.5).user_attrs
+    assert stored[attributes.BACKOFFS] > 3  # 64, 32, 16, and what came later
+    # The first evaluation tries 16.
+    assert stored[attributes.OOM_ATTEMPTS] == stored[attributes.BACKOFFS] + 1
 
 
 def test_what_does_not_fit_is_known_to_others_while_the_trial_goes_on(study: optuna.Study) -> None:

@@ -50,12 +50,12 @@ class NeverTheSecond(FailingAt):
 
 
 class Run:
-    def __init__(self, make: Make) -> None:
+    def __init__(self, make: Make, *, groups: int = 3) -> None:
         self.parameters = [nn.Parameter(torch.linspace(1, 2, n)) for n in (2, SECOND, 4)]
         first, second, third = self.parameters
         self.optimizer = make([
             {"params": [first]}, {"params": [second], "lr": 0.01}, {"params": [third]}
-        ])  # fmt: skip
+        ] if groups == 3 else [{"params": self.parameters}])  # fmt: skip
         self.step = GuardedStep(self.optimizer, max_norm=0.5)
 
         self.number = 0
@@ -109,10 +109,15 @@ def test_a_step_that_never_fits_says_what_has_been_stepped(name: str) -> None:
     assert_equal(found[1], stepped.state()[1])  # gradients are all there, clipped
 
 
-def test_memory_that_is_short_after_the_whole_step_does_not_repeat_it() -> None:
-    expected, run = (Run(OPTIMIZERS["adamw"]) for _ in range(2))
-    expected.train(3)
-    run.train(2)
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_memory_that_is_short_after_the_whole_step_does_not_repeat_it(
+    name: str, groups: int, before: int
+) -> None:
+    expected, run = (Run(OPTIMIZERS[name], groups=groups) for _ in range(2))
+    expected.train(before + 1)
+    run.train(before)
     failures = iter([torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB."), None])
 
     def hook(*_: Any) -> None:

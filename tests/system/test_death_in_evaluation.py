@@ -1,0 +1,62 @@
+"""A worker that the system kills in an evaluation, whose pieces are then smaller too."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from bs_optuna.study import open_study
+
+
+TASK = """
+import os
+import signal
+
+import torch
+from torch import nn
+
+from bs_optuna.training import TrainingTask
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x):
+        if not self.training and len(x) > 64:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.layer(x)
+
+
+def task():
+    x = torch.randn(512, 4, generator=torch.Generator().manual_seed(0))
+    data = (x, x.sum(1, keepdim=True))
+    loss = nn.functional.mse_loss
+    return TrainingTask(name="large", model=Net, train_data=data, valid_data=data, loss=loss)
+"""
+
+
+@pytest.mark.slow
+def test_it_costs_one_attempt(tmp_path: Path) -> None:
+    (tmp_path / "large.py").write_text(TASK, encoding="utf-8")
+    arguments = ("--trials", "3", "--batch-size", "16:32", "--budget", "steps=20")
+    run = subprocess.run(
+        [sys.executable, "-m", "bs_optuna.tune", "large.py", "--isolate", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Recommended for large" in run.stdout
+    trials = open_study(storage=f"sqlite:///{tmp_path}/studies/large.db", name="large").trials
+    states = [trial.state for trial in trials]
+    assert states == [TrialState.FAIL, *[TrialState.COMPLETE] * 3]
