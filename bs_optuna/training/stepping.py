@@ -165,7 +165,8 @@ class GuardedStep:
         if outcome == DONE:
             return
         if outcome in (PARTLY, DOES_NOT_FIT):
-            if before is not None:
+            # Partly done, all have their state and take what one rank has come to.
+            if before is not None and outcome == DOES_NOT_FIT:
                 if self._groups is not None:
                     self._groups.done.clear()  # what was stepped here is undone too
                 before.restore()

@@ -173,6 +173,31 @@ def half_steps(rank: int) -> Any:
     return {"message": message, "states": states}
 
 
+def hooked_steps(rank: int) -> list[Any]:
+    """The first step of a single group, or the second, after which a hook fails on rank 1."""
+    found = []
+    for good_steps in (0, 1):
+        model, group = network(), dist.group.WORLD
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        backward = AccumulatedBackward(model, nn.functional.cross_entropy, process_group=group)
+        step = GuardedStep(optimizer, process_group=group)
+        message = "no error"
+        for number in range(good_steps + 2):
+            if number == good_steps and rank == 1:
+                hook = optimizer.register_step_post_hook(lambda *_: allocate_too_much())
+            optimizer.zero_grad()
+            backward(*images(rank))
+            try:
+                step()
+            except BsOptunaError as error:
+                message = f"{type(error).__name__}: {error}"
+            if number == good_steps and rank == 1:
+                hook.remove()
+        state = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+        found.append({"message": message, "state": state})
+    return found
+
+
 def scaled_steps(rank: int) -> dict[str, Any]:
     """An overflow on rank 1 alone, and an error of its own in an optimizer's step."""
     found: dict[str, Any] = {}
@@ -213,6 +238,7 @@ if __name__ == "__main__":
             "messages": messages,
             "failing_steps": failing_steps,
             "half_steps": half_steps,
+            "hooked_steps": hooked_steps,
             "scaled_steps": scaled_steps,
         }
     )

@@ -202,6 +202,17 @@ def test_a_step_that_rank_1_can_do_in_part_is_done_in_that_part_by_both(tmp_path
     assert sorted(int(state["step"]) for state in optimizer["state"].values()) == [2] * 4 + [3] * 2
 
 
+def test_a_hook_that_never_fits_on_rank_1_leaves_the_step_done_on_both(tmp_path: Path) -> None:
+    ranks = run_ranks(FOLDER / "ranks_errors.py", "hooked_steps", tmp_path)
+    for good_steps, (first, second) in enumerate(zip(*ranks, strict=True)):
+        assert_equal(first["state"], second["state"])
+        for rank, where in ((first, "(rank 1) in its step"), (second, "(cpu) in optimizer.step")):
+            assert rank["message"].startswith(f"StepDoesNotFitError: Out of memory {where}")
+            assert "groups had been stepped and stay so" in rank["message"]
+        steps = {int(state["step"]) for state in first["state"][1]["state"].values()}
+        assert steps == {good_steps + 2}
+
+
 def test_an_overflow_on_rank_1_skips_the_step_of_all(tmp_path: Path) -> None:
     ranks = run_ranks(FOLDER / "ranks_errors.py", "scaled_steps", tmp_path)
     for optimizer in OPTIMIZERS:
