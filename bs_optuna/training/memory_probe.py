@@ -82,12 +82,12 @@ class MemoryProbe:
         self._batch_size = batch_size
         self._least = 1
         try:
-            self._first_bytes = self._step(1)
-        except UntraceableError as error:
-            if batch_size == 1 or not needs_two_samples(error.__cause__):
-                raise
-            self._least = 2
-            self._first_bytes = self._step(2)
+            self._first_bytes = self._first_step()
+        except UntraceableError:
+            # If it is the optimizer that looks at values, as Adafactor does, one with middling
+            # state, which is copied for each step as those are, stands for it.
+            self._update = GuardedStep(torch.optim.RMSprop(parameters_of(modules)))
+            self._first_bytes = self._first_step()
 
     def peak_bytes(self, microbatch_size: int) -> int:
         """Most bytes held at a time while a batch is trained on in microbatches of this size.
@@ -133,6 +133,15 @@ class MemoryProbe:
                 f"Memory cannot be predicted: {type(error).__name__}: {reason} The training needs "
                 "values, or what has no fake counterpart; run it to see what fits."
             ) from error
+
+    def _first_step(self) -> int:
+        try:
+            return self._step(self._least)
+        except UntraceableError as error:
+            if self._batch_size == 1 or not needs_two_samples(error.__cause__):
+                raise
+        self._least = 2
+        return self._step(self._least)
 
     def _step(self, size: int) -> int:
         with self._tracing():

@@ -228,6 +228,14 @@ def test_the_largest_that_fits_is_the_largest_below_the_margin(model: str) -> No
     assert probe.largest_fitting(MARGIN_BYTES) == 0
 
 
+@pytest.mark.usefixtures("plain_kernels")
+def test_an_optimizer_that_looks_at_values_is_replaced_by_one_with_middling_state() -> None:
+    task = make_task("mlp", lambda p, lr: torch.optim.Adafactor(p, lr=lr))
+    for size in (9, BATCH):
+        measured = profiled(lambda size=size: train(task, size))
+        assert measured < make_probe(task).peak_bytes(size) < 1.6 * measured
+
+
 def test_a_single_sample_is_not_taken_for_two() -> None:
     probe = make_probe(make_task("transformer"))
     one, two, three = (probe.peak_bytes(size) for size in (1, 2, 3))
