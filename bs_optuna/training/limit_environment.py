@@ -15,10 +15,11 @@ from pathlib import Path
 
 
 LIMIT_ENVIRONMENT: dict[str, str] = {
-    # Every tensor of 16 KiB or more is mapped on its own and given back when it is freed; glibc
+    # Every tensor of 64 KiB or more is mapped on its own and given back when it is freed; glibc
     # otherwise raises this threshold as it goes and keeps what was freed in its heap, so that a
-    # size that fitted once fails later. With 64 KiB the time steps of an LSTM still do that.
-    "MALLOC_MMAP_THRESHOLD_": "16384",
+    # size that fitted once fails later. The time steps of an LSTM are smaller and
+    # still do that; with 16 KiB here they would not, but gloo would then fail without a byte left.
+    "MALLOC_MMAP_THRESHOLD_": "65536",
     # One heap instead of one per thread, each of which would keep its own freed blocks.
     "MALLOC_ARENA_MAX": "1",
     # MKL keeps the buffers of its matrix products for the life of a thread otherwise.

@@ -74,6 +74,7 @@ class TrainingRun:
             memory; 0 before the first, and while microbatches held less than the longest sample.
         ran: Largest microbatch that a full step was ever done with.
         failed_sizes: Microbatch sizes that ran out of memory.
+        gave_up: Whether nothing smaller was tried after the last of them.
         evaluation_fits: Samples in a piece of an evaluation, if a larger piece ran out of memory.
         values: Validation loss and metrics of the last checkpoint.
     """
@@ -109,6 +110,7 @@ class TrainingRun:
         self._held = 0  # in full by the largest microbatch of this step
         self.fits = self.ran = 0
         self.failed_sizes: list[int] = []
+        self.gave_up = False
         self.evaluation_fits: int | None = None
         self.values: dict[str, float] = {}
 
@@ -264,9 +266,8 @@ class TrainingRun:
         self.ran = max(self.ran, self._held)
         short = not fitted and (failed or settings.short_of_memory)
         if short and settings.evaluation_batch_size is None:
-            self._evaluation.batch_size = max(
-                1, 2 * self.fits
-            )  # without gradients that fits as a rule
+            # Without gradients that fits as a rule.
+            self._evaluation.batch_size = 2 * max(1, self.fits)
         if self._search is not None and (failed or self.fits > fitted):
             self._search.learned(self)
         self.samples += settings.batch_size
@@ -285,6 +286,7 @@ class TrainingRun:
             result = self._backward(inputs, targets)
         except MicrobatchDoesNotFitError as error:
             self.failed_sizes += map(self._unit.size, error.sizes_failed)
+            self.gave_up = error.sizes_failed[-1:] == error.sizes_tried[-1:]
             self._tried(self._unit.size(error.sizes_tried[-1]))
             raise
         except Exception:

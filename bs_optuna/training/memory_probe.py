@@ -29,7 +29,7 @@ from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import moved
 from bs_optuna.training.batches import take
 from bs_optuna.training.data import first_samples
-from bs_optuna.training.normalization import needs_two_samples
+from bs_optuna.training.oom import release
 from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.snapshot import parameters_of
 from bs_optuna.training.stepping import GuardedStep
@@ -78,15 +78,21 @@ class MemoryProbe:
             # AccumulatedBackward keeps a copy of each buffer, to undo a failed attempt.
             self._copies = [buffer.clone() for m in modules for buffer in m.buffers()]
             make_optimizer = optimizer_factory(task.optimizer)
-            self._update = GuardedStep(make_optimizer(parameters_of(modules), 1e-3))
+            self._update: GuardedStep | None = GuardedStep(
+                make_optimizer(parameters_of(modules), 1e-3)
+            )
         self._batch_size = batch_size
         self._least = 1
         try:
             self._first_bytes = self._first_step()
-        except UntraceableError:
-            # If it is the optimizer that looks at values, as Adafactor does, one with middling
-            # state, which is copied for each step as those are, stands for it.
-            self._update = GuardedStep(torch.optim.RMSprop(parameters_of(modules)))
+        except UntraceableError as error:
+            release(error)  # what it holds would be counted
+            self._update = None
+        if self._update is None:
+            # If it is the optimizer that looks at values, as Adafactor does, one without state,
+            # whose parameters are copied for each step as those are, stands for it.
+            stand_in = torch.optim.SGD(parameters_of(modules), foreach=False)
+            self._update = GuardedStep(stand_in)
             self._first_bytes = self._first_step()
 
     def peak_bytes(self, microbatch_size: int) -> int:
@@ -138,9 +144,10 @@ class MemoryProbe:
         try:
             return self._step(self._least)
         except UntraceableError as error:
-            if self._batch_size == 1 or not needs_two_samples(error.__cause__):
+            if self._batch_size == 1 or self._least == 2:
                 raise
-        self._least = 2
+            release(error)
+        self._least = 2  # BatchNorm, and what squeezes its outputs, refuses a single sample
         return self._step(self._least)
 
     def _step(self, size: int) -> int:
@@ -149,6 +156,7 @@ class MemoryProbe:
             part = take(self._batch, slice(0, size))
             for _ in range(2):  # only the second one finds gradients, as all after it do
                 self._backward(part)
+            assert self._update is not None
             self._update()
         return self._storages.peak
 

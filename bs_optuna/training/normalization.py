@@ -82,7 +82,7 @@ def warn_of_split(
         )
 
 
-def needs_two_samples(error: BaseException | None) -> bool:
+def needs_two_samples(error: BaseException) -> bool:
     """Whether BatchNorm refuses a microbatch of one sample, which the whole batch was not."""
     return isinstance(error, ValueError) and "Expected more than 1 value per channel" in str(error)
 

@@ -225,10 +225,9 @@ class TrainingObjective:
         most = min(batch_size, largest or batch_size)
         if attempt is not None:
             most = attempt.most(most)
-        killed = attempt is not None and attempt.killed_by is not None
-        pieces = known.evaluation
-        if pieces is None and not killed:  # an evaluation may have been what it died of
-            pieces = predicted.evaluation
+        pieces = known.evaluation or predicted.evaluation
+        if attempt is not None and attempt.number > 2:  # twice; perhaps in an evaluation
+            pieces = min(pieces or 2 * most, 2 * most)
         size = known.microbatch.start(most, predicted=predicted.microbatch)
         # What was measured here has run here.
         unseen = self._starting_sizes.searched and self._microbatch_size != "fastest"
@@ -241,7 +240,7 @@ class TrainingObjective:
             seed=seed,
             microbatch_size=size,
             evaluation_batch_size=pieces,
-            short_of_memory=killed or known.microbatch.fails is not None,
+            short_of_memory=known.microbatch.fails is not None,
             evaluations=EVALUATIONS,
             oom_budget=self._oom_budget,
         )

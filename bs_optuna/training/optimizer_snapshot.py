@@ -44,8 +44,9 @@ class OptimizerSnapshot:
         else:
             tensors += parameters
         foreign = not type(optimizer).__module__.startswith("torch.")
-        if foreign:  # many published ones add the weight decay to the gradients, where they are
-            tensors += [p.grad for p in parameters if p.grad is not None]
+        # Many published ones add the weight decay to the gradients.
+        self._gradients = [(p, p.grad) for p in parameters] if foreign else []
+        tensors += [gradient for _, gradient in self._gradients if gradient is not None]
         wrapped = [o for o in vars(optimizer).values() if isinstance(o, torch.optim.Optimizer)]
         self._wrapped = [OptimizerSnapshot(o, [], None, on_host) for o in wrapped]
         self._copies = [(t, _copy(t, "cpu" if on_host else t.device)) for t in tensors]
@@ -58,6 +59,8 @@ class OptimizerSnapshot:
             return
         for wrapped in self._wrapped:
             wrapped.restore()
+        for p, gradient in self._gradients:
+            p.grad = gradient
         with torch.no_grad():
             for tensor, copy in self._copies:
                 tensor.copy_(copy)

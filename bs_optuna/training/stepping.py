@@ -24,6 +24,7 @@ from bs_optuna.training.oom import release
 from bs_optuna.training.optimizer_snapshot import CounterSnapshot
 from bs_optuna.training.optimizer_snapshot import OptimizerSnapshot
 from bs_optuna.training.ranks import Ranks
+from bs_optuna.training.step_groups import Group
 from bs_optuna.training.step_groups import StepGroups
 from bs_optuna.training.step_outcome import DOES_NOT_FIT
 from bs_optuna.training.step_outcome import DONE
@@ -123,9 +124,11 @@ class GuardedStep:
             StepDoesNotFitError: The step does not fit. Parameters, optimizer state, scale and
                 random states are as before, on all ranks; gradients may be unscaled or clipped.
                 If its ``partly`` is true, a fused optimizer has stepped some groups and could not
-                step the others (alike on all ranks): go on from a checkpoint.
+                step the others, or has stepped all and a hook after it does not fit (alike on all
+                ranks): go on from a checkpoint.
             RanksError: Another rank failed with an error of its own.
         """
+        self._groups = self._kept = None
         if self._ranks is None:
             self._step_alone()
         else:
@@ -134,7 +137,6 @@ class GuardedStep:
     def _step_alone(self) -> None:
         alone = self._scaler is None and self._ranks is None
         self._fuses = alone and steps_fused(self._optimizer)
-        self._groups = None
         if self._scaler is not None:
             # It works part by part: with several, one that failed may have left some unscaled.
             attempts = ATTEMPTS if len(_parts(self._optimizer)) == 1 else 1
@@ -192,6 +194,8 @@ class GuardedStep:
         return changed
 
     def _keep(self, guard: Callable[[bool], _Snapshot], on_host: bool) -> _Snapshot:
+        if self._kept is not None and self._groups is not None and self._groups.done:
+            return self._kept  # what was stepped since could not be undone by another
         self._kept = None  # before another takes its place: there may be no room for both
         self._kept = guard(on_host)
         return self._kept
@@ -247,8 +251,9 @@ class GuardedStep:
                 break
         if self._scaler is not None:  # forgets this step's gradients, keeps the scale
             self._scaler.update(new_scale=self._scaler.get_scale())
-        done = 0 if self._groups is None else len(self._groups.done)
-        stepped = f"{done} of {len(self._optimizer.param_groups)} groups" if done else ""
+        done = [] if self._groups is None else _with_gradients(self._groups.done)
+        groups = _with_gradients(self._optimizer.param_groups)
+        stepped = f"{len(done)} of {len(groups)} groups" if done else ""
         raise does_not_fit(what, outcome, stepped=stepped)
 
 
@@ -268,6 +273,11 @@ def _attempt(action: Callable[[], Any], guard: Callable[[], _Snapshot] | None) -
     if before is not None:
         before.restore()
     return verdict
+
+
+def _with_gradients(groups: list[Group]) -> list[Group]:
+    """The groups of which a step changes anything."""
+    return [group for group in groups if any(p.grad is not None for p in group["params"])]
 
 
 def _stepped(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -12,15 +12,12 @@ def what_ran(run: TrainingRun) -> dict[str, object]:
     Args:
         run: One that has ended, well or not.
     """
-    failed = len(run.failed_sizes)
-    if failed and run.failed_sizes[-1] == run.microbatch_size:
-        failed -= 1  # nothing smaller was tried after it
     return {
         attributes.LEARNING_RATE: run.settings.learning_rate,
         attributes.EFFECTIVE_BATCH_SIZE: run.settings.batch_size,
         attributes.MICROBATCH_SIZE: run.microbatch_size,
         attributes.ACCUMULATION_STEPS: run.accumulation_steps,
-        attributes.BACKOFFS: failed,
+        attributes.BACKOFFS: len(run.failed_sizes) - run.gave_up,
         attributes.PEAK_MEMORY_BYTES: run.peak_memory_bytes(),
         attributes.SECONDS: run.seconds,
         attributes.SAMPLES: run.samples,

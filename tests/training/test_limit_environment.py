@@ -39,33 +39,3 @@ def test_setting_the_environment_too_late_does_not_count(monkeypatch: pytest.Mon
     """
     assert run(program, environment={}) == "False"
     assert run(program) == "True"
-
-
-@linux
-def test_the_time_steps_of_a_recurrent_network_leave_nothing_in_the_heap() -> None:
-    program = """
-        class Recurrent(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.layers = nn.LSTM(16, 64, 2, batch_first=True, bidirectional=True)
-                self.head = nn.Linear(128, 3)
-
-            def forward(self, x):
-                return self.head(self.layers(x)[0].mean(1))
-
-        torch.backends.mkldnn.set_flags(False)  # as under a limit
-
-        def step(model, size):
-            outputs = model(torch.randn(size, 50, 16))
-            nn.functional.cross_entropy(outputs, torch.zeros(size, dtype=torch.long)).backward()
-            model.zero_grad()
-            gc.collect()
-            return process_memory("VmData")["VmData"]
-
-        model = Recurrent()
-        before = step(model, 2)
-        print(max(step(model, size) - before for size in (103, 102)) // MIB)
-    """
-    assert int(run(program)) < 10
-    coarse = {**LIMIT_ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    assert int(run(program, environment=coarse)) > 20  # or the setting is not needed any more

@@ -229,11 +229,11 @@ def test_the_largest_that_fits_is_the_largest_below_the_margin(model: str) -> No
 
 
 @pytest.mark.usefixtures("plain_kernels")
-def test_an_optimizer_that_looks_at_values_is_replaced_by_one_with_middling_state() -> None:
+def test_an_optimizer_that_looks_at_values_is_taken_for_one_without_state() -> None:
     task = make_task("mlp", lambda p, lr: torch.optim.Adafactor(p, lr=lr))
     for size in (9, BATCH):
         measured = profiled(lambda size=size: train(task, size))
-        assert measured < make_probe(task).peak_bytes(size) < 1.6 * measured
+        assert 0.6 * measured < make_probe(task).peak_bytes(size) < 1.01 * measured
 
 
 def test_a_single_sample_is_not_taken_for_two() -> None:

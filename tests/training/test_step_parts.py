@@ -109,6 +109,17 @@ def test_a_step_that_never_fits_says_what_has_been_stepped(name: str) -> None:
     assert_equal(found[1], stepped.state()[1])  # gradients are all there, clipped
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw fused"])
+def test_a_group_without_gradients_does_not_count_as_stepped(name: str) -> None:
+    run = Run(OPTIMIZERS[name])
+    run.parameters[1].grad = torch.ones(SECOND)  # the other groups are frozen
+    before = run.state()
+    with NeverTheSecond(None), pytest.raises(StepDoesNotFitError) as info:
+        run.step()
+    assert not info.value.partly
+    assert_equal(run.state()[::2], before[::2])
+
+
 @pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("name", OPTIMIZERS)
