@@ -1,4 +1,4 @@
-"""Scripts that are run in a process of their own, started as a memory limit needs it."""
+"""Programs that tests run in a process of their own, also one that a memory limit is for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from bs_optuna.training.limit_environment import LIMIT_ENVIRONMENT
+
+
+def run_python(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Python with some arguments, in a folder or in this one, to its end, well or not."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def run_limited(script: Path) -> Any:

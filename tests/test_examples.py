@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import run_python
 
 
 ROOT = Path(__file__).parents[1]
@@ -23,14 +21,6 @@ def test_an_example_runs_as_it_says(path: Path, tmp_path: Path) -> None:
     assert said is not None, f"{path.name} does not say how it is run"
     arguments = shlex.split(said[1])
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    run = subprocess.run(
-        [sys.executable, "-W", "error", *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    run = run_python("-W", "error", *arguments, folder=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip()

@@ -17,8 +17,8 @@ from pathlib import Path
 LIMIT_ENVIRONMENT: dict[str, str] = {
     # Every tensor of 64 KiB or more is mapped on its own and given back when it is freed; glibc
     # otherwise raises this threshold as it goes and keeps what was freed in its heap, so that a
-    # size that fitted once fails later. The time steps of an LSTM are smaller and
-    # still do that; with 16 KiB here they would not, but gloo would then fail without a byte left.
+    # size that fitted once fails later. The time steps of an LSTM are smaller, and stay there; with
+    # 16 KiB they would not, but a rank without a byte left could no longer tell the others.
     "MALLOC_MMAP_THRESHOLD_": "65536",
     # One heap instead of one per thread, each of which would keep its own freed blocks.
     "MALLOC_ARENA_MAX": "1",

@@ -78,22 +78,12 @@ class MemoryProbe:
             # AccumulatedBackward keeps a copy of each buffer, to undo a failed attempt.
             self._copies = [buffer.clone() for m in modules for buffer in m.buffers()]
             make_optimizer = optimizer_factory(task.optimizer)
-            self._update: GuardedStep | None = GuardedStep(
-                make_optimizer(parameters_of(modules), 1e-3)
-            )
+            self._update = GuardedStep(make_optimizer(parameters_of(modules), 1e-3))
         self._batch_size = batch_size
-        self._least = 1
-        try:
-            self._first_bytes = self._first_step()
-        except UntraceableError as error:
-            release(error)  # what it holds would be counted
-            self._update = None
-        if self._update is None:
-            # If it is the optimizer that looks at values, as Adafactor does, one without state,
-            # whose parameters are copied for each step as those are, stands for it.
-            stand_in = torch.optim.SGD(parameters_of(modules), foreach=False)
-            self._update = GuardedStep(stand_in)
-            self._first_bytes = self._first_step()
+        # If it is the optimizer that looks at values, as Adafactor does, one without state, whose
+        # parameters are copied for each step as those are, stands for it.
+        stand_in = GuardedStep(torch.optim.SGD(parameters_of(modules), foreach=False))
+        self._least, self._first_bytes = self._first_step(stand_in)
 
     def peak_bytes(self, microbatch_size: int) -> int:
         """Most bytes held at a time while a batch is trained on in microbatches of this size.
@@ -140,15 +130,20 @@ class MemoryProbe:
                 "values, or what has no fake counterpart; run it to see what fits."
             ) from error
 
-    def _first_step(self) -> int:
-        try:
-            return self._step(self._least)
-        except UntraceableError as error:
-            if self._batch_size == 1 or self._least == 2:
-                raise
-            release(error)
-        self._least = 2  # BatchNorm, and what squeezes its outputs, refuses a single sample
-        return self._step(self._least)
+    def _first_step(self, stand_in: GuardedStep) -> tuple[int, int]:
+        """The fewest samples that can be traced and their peak, by the stand-in if need be.
+
+        BatchNorm, and what squeezes its outputs, refuses a single sample.
+        """
+        for update in (self._update, stand_in):
+            self._update = update
+            for samples in (1, 2)[: self._batch_size]:
+                try:
+                    return samples, self._step(samples)
+                except UntraceableError as error:
+                    release(error)  # what it holds would be counted
+                    untraceable = error
+        raise untraceable
 
     def _step(self, size: int) -> int:
         with self._tracing():
@@ -156,7 +151,6 @@ class MemoryProbe:
             part = take(self._batch, slice(0, size))
             for _ in range(2):  # only the second one finds gradients, as all after it do
                 self._backward(part)
-            assert self._update is not None
             self._update()
         return self._storages.peak
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -24,7 +23,6 @@ from bs_optuna.training.oom import release
 from bs_optuna.training.optimizer_snapshot import CounterSnapshot
 from bs_optuna.training.optimizer_snapshot import OptimizerSnapshot
 from bs_optuna.training.ranks import Ranks
-from bs_optuna.training.step_groups import Group
 from bs_optuna.training.step_groups import StepGroups
 from bs_optuna.training.step_outcome import DOES_NOT_FIT
 from bs_optuna.training.step_outcome import DONE
@@ -32,16 +30,18 @@ from bs_optuna.training.step_outcome import PARTLY
 from bs_optuna.training.step_outcome import does_not_fit
 from bs_optuna.training.step_outcome import elsewhere
 from bs_optuna.training.step_outcome import report
+from bs_optuna.training.step_parts import groups_alike
+from bs_optuna.training.step_parts import groups_with_gradients
+from bs_optuna.training.step_parts import has_its_state
+from bs_optuna.training.step_parts import parameters_with_gradients
+from bs_optuna.training.step_parts import parts_of
+from bs_optuna.training.step_parts import steps_in_place
 
 
 _logger = logging.getLogger(__name__)
 
 # No microbatch is at work in a step: only what empties in between can help, and that helps once.
 ATTEMPTS = 3
-
-# Fused, these create their state and then change all tensors of a group in one operation that
-# allocates nothing: whatever fails, fails before a parameter was touched.
-_IN_PLACE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 
 _Snapshot = OptimizerSnapshot | CounterSnapshot
 
@@ -139,10 +139,10 @@ class GuardedStep:
         self._fuses = alone and steps_fused(self._optimizer)
         if self._scaler is not None:
             # It works part by part: with several, one that failed may have left some unscaled.
-            attempts = ATTEMPTS if len(_parts(self._optimizer)) == 1 else 1
+            attempts = ATTEMPTS if len(parts_of(self._optimizer)) == 1 else 1
             self._survive("unscale_", partial(self._scaler.unscale_, self._optimizer), attempts)
         if self._max_norm is not None:
-            self._clip(_parts(self._optimizer), self._max_norm)
+            self._clip(parts_of(self._optimizer), self._max_norm)
         guard = self._guard()
         if self._ranks is not None:
             guard = partial(self._keep, guard)
@@ -183,10 +183,10 @@ class GuardedStep:
 
     def _changed_in_place(self) -> list[torch.Tensor]:
         """What has no copy because a step that fails leaves it alone; one that ends does not."""
-        if not _steps_in_place(self._optimizer):
+        if not steps_in_place(self._optimizer):
             return []
         changed: list[torch.Tensor] = []
-        for p in _stepped(self._optimizer):
+        for p in parameters_with_gradients(self._optimizer):
             state = [
                 t for t in self._optimizer.state.get(p, {}).values() if isinstance(t, torch.Tensor)
             ]
@@ -202,14 +202,14 @@ class GuardedStep:
 
     def _guard(self) -> Callable[[bool], _Snapshot]:
         optimizer = self._optimizer
-        in_place = self._scaler is None and (self._fuses or _steps_in_place(optimizer))
-        parameters = _stepped(optimizer)
-        if in_place and _has_its_state(optimizer, parameters) and _alike(optimizer):
+        in_place = self._scaler is None and (self._fuses or steps_in_place(optimizer))
+        parameters = parameters_with_gradients(optimizer)
+        if in_place and has_its_state(optimizer, parameters) and groups_alike(optimizer):
             self._groups = StepGroups(optimizer)
             done = self._groups.done
             return lambda on_host: CounterSnapshot(optimizer, done)
         # The state of a later part is created when the first has already been stepped.
-        if in_place and len(_parts(optimizer)) <= 1:
+        if in_place and len(parts_of(optimizer)) <= 1:
             self._groups = StepGroups(optimizer)
             return partial(OptimizerSnapshot, optimizer, parameters, self._groups.done)
         return partial(OptimizerSnapshot, optimizer, parameters, None)
@@ -251,8 +251,8 @@ class GuardedStep:
                 break
         if self._scaler is not None:  # forgets this step's gradients, keeps the scale
             self._scaler.update(new_scale=self._scaler.get_scale())
-        done = [] if self._groups is None else _with_gradients(self._groups.done)
-        groups = _with_gradients(self._optimizer.param_groups)
+        done = [] if self._groups is None else groups_with_gradients(self._groups.done)
+        groups = groups_with_gradients(self._optimizer.param_groups)
         stepped = f"{len(done)} of {len(groups)} groups" if done else ""
         raise does_not_fit(what, outcome, stepped=stepped)
 
@@ -273,44 +273,3 @@ def _attempt(action: Callable[[], Any], guard: Callable[[], _Snapshot] | None) -
     if before is not None:
         before.restore()
     return verdict
-
-
-def _with_gradients(groups: list[Group]) -> list[Group]:
-    """The groups of which a step changes anything."""
-    return [group for group in groups if any(p.grad is not None for p in group["params"])]
-
-
-def _stepped(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """The parameters with a gradient."""
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-
-def _parts(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
-    """The parameters with a gradient, by group, device and type: what one fused call can take."""
-    parts = defaultdict(list)
-    for number, group in enumerate(optimizer.param_groups):
-        for p in group["params"]:
-            if p.grad is not None:
-                parts[number, p.device, p.dtype].append(p)
-    return list(parts.values())
-
-
-def _has_its_state(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> bool:
-    """Whether a step creates none."""
-    if type(optimizer) is torch.optim.SGD and not any(
-        g["momentum"] for g in optimizer.param_groups
-    ):
-        return True
-    return all(map(optimizer.state.get, parameters))
-
-
-def _alike(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a fused call can take each group as a whole."""
-    groups = (group["params"] for group in optimizer.param_groups)
-    return all(len({(p.device, p.dtype) for p in params}) <= 1 for params in groups)
-
-
-def _steps_in_place(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a failure comes before the parameters of a part are touched, once it has state."""
-    fused = all(group.get("fused") for group in optimizer.param_groups)
-    return fused and type(optimizer) in _IN_PLACE

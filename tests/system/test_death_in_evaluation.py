@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import run_python
 from optuna.trial import TrialState
 
 from bs_optuna.study import open_study
@@ -46,15 +44,7 @@ def task():
 def test_it_costs_two_attempts(tmp_path: Path) -> None:
     (tmp_path / "large.py").write_text(TASK, encoding="utf-8")
     arguments = ("--trials", "3", "--batch-size", "16:32", "--budget", "steps=20")
-    run = subprocess.run(
-        [sys.executable, "-m", "bs_optuna.tune", "large.py", "--isolate", *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    run = run_python("-m", "bs_optuna.tune", "large.py", "--isolate", *arguments, folder=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "Recommended for large" in run.stdout
     trials = open_study(storage=f"sqlite:///{tmp_path}/studies/large.db", name="large").trials

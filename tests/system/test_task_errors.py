@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import run_python
 from optuna.trial import TrialState
 
 from bs_optuna.study import open_study
@@ -40,14 +39,8 @@ def task():
 
 def tune(folder: Path, source: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     (folder / "wrong.py").write_text(source)
-    return subprocess.run(
-        [sys.executable, "-m", "bs_optuna.tune", "wrong.py", "--batch-size", "8:16", *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    return run_python(
+        "-m", "bs_optuna.tune", "wrong.py", "--batch-size", "8:16", *arguments, folder=folder
     )
 
 

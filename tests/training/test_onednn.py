@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from children import run_python
 
 from bs_optuna.training.onednn import give_up_onednn
 from bs_optuna.training.oom import classify
@@ -19,14 +18,7 @@ from bs_optuna.training.oom import classify
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot limit a CPU's memory")
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="built without oneDNN")
 def test_a_thread_goes_on_without_onednn() -> None:
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("real_onednn.py"))],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    run = run_python(str(Path(__file__).with_name("real_onednn.py")))
     assert run.returncode == 0, run.stderr
     assert not run.stderr.count("Traceback"), run.stderr
     found = json.loads(run.stdout)
