@@ -15,11 +15,10 @@ from pathlib import Path
 
 
 LIMIT_ENVIRONMENT: dict[str, str] = {
-    # Every tensor of 64 KiB or more is mapped on its own and given back when it is freed; glibc
+    # Every tensor of 16 KiB or more is mapped on its own and given back when it is freed; glibc
     # otherwise raises this threshold as it goes and keeps what was freed in its heap, so that a
-    # size that fitted once fails later. The time steps of an LSTM are smaller, and stay there; with
-    # 16 KiB they would not, but a rank without a byte left could no longer tell the others.
-    "MALLOC_MMAP_THRESHOLD_": "65536",
+    # size that fitted once fails later. The time steps of an LSTM are often below 64 KiB.
+    "MALLOC_MMAP_THRESHOLD_": "16384",
     # One heap instead of one per thread, each of which would keep its own freed blocks.
     "MALLOC_ARENA_MAX": "1",
     # MKL keeps the buffers of its matrix products for the life of a thread otherwise.

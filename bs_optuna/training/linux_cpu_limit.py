@@ -12,7 +12,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from contextlib import contextmanager
 
 import torch
 
@@ -118,6 +120,20 @@ class LinuxCpuLimit(MemoryLimit):
     def _lift(self) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, self._outer)  # first: it needs no memory
         self._libraries.restore()
+
+
+@contextmanager
+def soft_limit_lifted() -> Iterator[None]:
+    """A context for the little that has to succeed although a soft limit is reached, or passed."""
+    if sys.platform != "linux":
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 class _Libraries:

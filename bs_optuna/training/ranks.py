@@ -10,6 +10,8 @@ import hashlib
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import suppress
+from mmap import ACCESS_COPY
+from mmap import mmap
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from torch import nn
 
 from bs_optuna.errors import ConfigError
 from bs_optuna.errors import RanksError
+from bs_optuna.training.linux_cpu_limit import soft_limit_lifted
 from bs_optuna.training.snapshot import distinct
 
 
@@ -24,9 +27,10 @@ from bs_optuna.training.snapshot import distinct
 BUCKET_BYTES = 25 * 2**20
 # What gloo allocates while it reduces: two of its segments of 1 MiB, and some more.
 _GLOO_BYTES = 4 * 2**20
-# Much more than a collective of a few numbers allocates in small pieces; below the size that the C
-# library maps on its own, so that it is free in the heap once it is given up.
-_SPARE_BYTES = 32 * 2**10
+# Mapped by itself, so that the system has it again once it is given up: enough for an arena of
+# Python's objects (1 MiB), and for the C library's heap to grow by its smallest step or, where
+# something lies in its way, by a new mapping (1 MiB).
+_SPARE_BYTES = 5 * 2**19
 _BITS = 48  # of a fingerprint, which is told as a float64
 
 
@@ -34,8 +38,8 @@ class Ranks:
     """The processes of a group, and a few numbers that each tells all others.
 
     What the collectives need is allocated before, here or in `check_room`: where one of them ran
-    out of memory on a single rank, the others would wait for it. A spare block is given up for each
-    telling, so that a rank which is over its memory can say so.
+    out of memory on a single rank, the others would wait for it. For each telling a spare block is
+    given up and a soft limit lifted, so that a rank which is over its memory can say so.
 
     Args:
         group: A process group of ``torch.distributed``, such as ``dist.group.WORLD``.
@@ -62,7 +66,7 @@ class Ranks:
         self.size = dist.get_world_size(group)
         self._numbers = numbers
         self._status = torch.zeros(self.size * numbers + flags, dtype=torch.float64, device=device)
-        self._spare: bytearray | None = None
+        self._spare: mmap | None = None
         self._take_spare()
 
     def tell(
@@ -73,22 +77,25 @@ class Ranks:
         Returns:
             The numbers of each rank, and the sum over the ranks of each flag.
         """
-        self._spare = None
+        if self._spare is not None:
+            self._spare.close()
         ends = self._numbers * self.size
         start = self._numbers * self.rank
-        self._status.zero_()
-        self._status[start : start + len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
-        if flags:
-            self._status[ends:] = torch.tensor(flags, dtype=torch.float64)
-        self.add_up(self._status)  # each fills its own place, which any backend can do
-        told = self._status.tolist()
+        with soft_limit_lifted():
+            self._status.zero_()
+            self._status[start : start + len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
+            if flags:
+                self._status[ends:] = torch.tensor(flags, dtype=torch.float64)
+            self.add_up(self._status)  # each fills its own place, which any backend can do
+            told = self._status.tolist()
         self._take_spare()
         return [told[i : i + self._numbers] for i in range(0, ends, self._numbers)], told[ends:]
 
     def _take_spare(self) -> None:
         # Without it the next telling may fail, which it would certainly if this were an error.
-        with suppress(MemoryError):
-            self._spare = bytearray(_SPARE_BYTES)
+        self._spare = None
+        with suppress(MemoryError, OSError):
+            self._spare = mmap(-1, _SPARE_BYTES, access=ACCESS_COPY)  # nobody else sees it
 
     def check_room(self) -> None:
         """Runs out of memory now, while the others can be told, if a collective would."""

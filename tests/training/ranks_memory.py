@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import resource
 import sys
 from contextlib import suppress
 from functools import partial
@@ -32,6 +33,7 @@ from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.training import AccumulatedBackward
 from bs_optuna.training import GuardedStep
 from bs_optuna.training.memory_limit import memory_limit
+from bs_optuna.training.process_memory import process_memory
 from bs_optuna.training.ranks import Ranks
 
 
@@ -180,22 +182,32 @@ def real_limits(rank: int) -> dict[str, Any]:
     return found
 
 
-def nothing_left(rank: int) -> tuple[Any, int]:
-    """Rank 1 has used up its heap, in smaller and smaller blocks, when it has to tell so."""
+def without_memory(beyond: int, rank: int, *, hard: bool) -> list[Any]:
+    """Rank 1 may hold so much more than it does, and uses it up, when it has to tell so.
+
+    Args:
+        beyond: Bytes; less than 0 where what it holds is too much already.
+        rank: Of this process.
+        hard: Whether nothing can lift the limit.
+    """
     ranks = Ranks(dist.group.WORLD, torch.device("cpu"), numbers=2)
     for _ in range(32):  # until each of gloo's threads has run, and has its own cache of memory
         ranks.tell([0.0, 0.0])
-    limit = memory_limit(torch.device("cpu"), 2**20 if rank == 1 else None)
-    limit.warm_up(lambda: network()(images(rank)[0]).sum().backward())
-    limit.start_trial()
+    _, outer = resource.getrlimit(resource.RLIMIT_DATA)
+    most = process_memory("VmData")["VmData"] + beyond
+    limit = (most, most if hard else outer)
     blocks = []
-    with limit.active():
-        for size in (100_000, 20_000, 5_000) if rank == 1 else ():
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_DATA, limit)
+        for size in (100_000, 10_000, 5_000):
             with suppress(MemoryError):
                 while True:
                     blocks.append(bytearray(size))
-        told = [ranks.tell([rank + 1.0, 5.0]) for _ in range(2)]
-    return told, len(blocks)
+    told = [ranks.tell([rank + 1.0, float(bool(blocks))]) for _ in range(3)]
+    if rank == 1:
+        assert resource.getrlimit(resource.RLIMIT_DATA) == limit
+        resource.setrlimit(resource.RLIMIT_DATA, (limit[1], limit[1]))
+    return told
 
 
 class Hungry(nn.Module):
@@ -261,7 +273,8 @@ if __name__ == "__main__":
         {
             "any_operation": any_operation,
             "real_limits": real_limits,
-            "nothing_left": nothing_left,
+            "nothing_left": partial(without_memory, 2**20, hard=True),
+            "over_its_limit": partial(without_memory, -(2**24), hard=False),
             "backing_off": backing_off,
             "one_sample": one_sample,
         }

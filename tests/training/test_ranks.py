@@ -26,6 +26,8 @@ import ranks_batches
 
 pytestmark = pytest.mark.slow
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems set no limit on a CPU")
+
 FOLDER = Path(__file__).parent
 
 
@@ -102,7 +104,7 @@ def test_any_operation_may_fail_on_rank_1_alone(tmp_path: Path) -> None:
                 assert batch_size == microbatch_size * accumulation_steps * 2 == 8
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot limit a CPU's memory")
+@linux
 def test_a_real_limit_on_rank_1_alone(tmp_path: Path) -> None:
     ranks = run_ranks(FOLDER / "ranks_memory.py", "real_limits", tmp_path)
     for where in ("forward", "backward", "stepping"):
@@ -117,10 +119,11 @@ def test_a_real_limit_on_rank_1_alone(tmp_path: Path) -> None:
     assert sum(isinstance(end, float) for end in ranks[1]["ends"]) >= 3
 
 
-def test_a_rank_that_is_over_its_memory_can_tell_so(tmp_path: Path) -> None:
-    (told, _), (told_1, blocks) = run_ranks(FOLDER / "ranks_memory.py", "nothing_left", tmp_path)
-    assert told == told_1 == [([[1.0, 5.0], [2.0, 5.0]], [])] * 2
-    assert blocks > 5
+@linux
+@pytest.mark.parametrize("case", ["nothing_left", "over_its_limit"])
+def test_a_rank_without_memory_can_tell_so(case: str, tmp_path: Path) -> None:
+    told, told_1 = run_ranks(FOLDER / "ranks_memory.py", case, tmp_path)
+    assert told == told_1 == [([[1.0, 0.0], [2.0, 1.0]], [])] * 3
 
 
 def test_all_ranks_halve_to_what_the_smallest_can_hold(tmp_path: Path) -> None:
