@@ -67,16 +67,16 @@ def _forecasts(
 ) -> list[Forecast]:
     low, high = config.batch_size
     powers = {2**n for n in range(low.bit_length(), high.bit_length())}
+    probe = MemoryProbe(task, device=device)
     found = []
-    for batch_size in sorted({low, *powers, high}):
-        probe = MemoryProbe(task, device=device, batch_size=batch_size)
-        most = probe.largest_fitting(memory)
+    for batch_size in sorted({low, *powers, high}, reverse=True):  # each narrows the next search
+        most = probe.largest_fitting(memory, batch_size=batch_size)
         if isinstance(config.microbatch_size, int):  # which one is the fastest only a run can tell
             most = min(most, config.microbatch_size)
         plan = AccumulationPlan(batch_size, max(1, most))
-        peak = probe.peak_bytes(plan.microbatch_size)
+        peak = probe.peak_bytes(plan.microbatch_size, batch_size=batch_size)
         found.append(Forecast(plan, peak, peak <= memory))
-    return found
+    return found[::-1]
 
 
 def _memory(device: torch.device, limit_bytes: int | None) -> int:

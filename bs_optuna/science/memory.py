@@ -116,37 +116,51 @@ def lowered(size: int, limit: int, *, batch_size: int) -> int:
     return size if plan.sizes[-1] == 1 else min(size, plan.microbatch_size)
 
 
-def largest_fitting(peak_bytes: Callable[[int], float], limit_bytes: float, *, most: int) -> int:
+def largest_fitting(
+    peak_bytes: Callable[[int], float],
+    limit_bytes: float,
+    *,
+    most: int,
+    seen: Iterable[int] = (),
+) -> int:
     """The largest size whose peak is within a limit, or one at most 1 % smaller.
 
     Peak memory is piecewise affine in the microbatch size, and grows faster from piece to piece
     (the optimizer's temporaries, then the activations). So the size is interpolated between one
-    that fits and one that doesn't, which is exact on a piece; every third time the interval is
-    halved instead, because several pieces would lead the interpolation on in small steps.
+    that fits and one that doesn't, which is nearly exact on a piece: what comes next to it is tried
+    then, and what lies twice as far away each time, until the size is between two that were tried.
 
     Args:
         peak_bytes: Peak memory of a size, not decreasing.
         limit_bytes: What must not be exceeded.
         most: The largest size of interest, at least 1.
+        seen: Sizes whose peak is known already, so that asking for it costs nothing.
 
     Returns:
         A size from 1 to ``most`` that was seen to fit, or 0 if 1 does not.
     """
-    if (high_bytes := peak_bytes(most)) <= limit_bytes:
+    known = [size for size in seen if 1 < size < most]
+    high = min((size for size in known if peak_bytes(size) > limit_bytes), default=most)
+    if (high_bytes := peak_bytes(high)) <= limit_bytes:
         return most
-    low, low_bytes, high = 1, peak_bytes(1) if most > 1 else high_bytes, most
-    if low_bytes > limit_bytes:
+    low = max((size for size in known if size < high), default=1)
+    if (low_bytes := peak_bytes(low)) > limit_bytes:
         return 0
-    turn = 0
-    while high - low > max(1, low // 100):
-        turn += 1
-        middle = (low + high) // 2
-        if turn % 3:
+    stride, fitted = 0, True
+    while high - low > (nearest := max(1, low // 100)):
+        if stride:
+            guess = low + stride if fitted else high - stride
+        else:
             slope = (high_bytes - low_bytes) / (high - low)
             guess = low + int((limit_bytes - low_bytes) / slope)
-            middle = min(max(guess, low + 1), high - 1)
-        if (middle_bytes := peak_bytes(middle)) <= limit_bytes:
-            low, low_bytes = middle, middle_bytes
+        guess = min(max(guess, low + 1), high - 1)
+        guess_bytes = peak_bytes(guess)
+        fits = guess_bytes <= limit_bytes
+        if fits:
+            low, low_bytes = guess, guess_bytes
         else:
-            high, high_bytes = middle, middle_bytes
+            high, high_bytes = guess, guess_bytes
+        surrounded = stride > 0 and fits != fitted
+        stride = 0 if surrounded else 2 * stride or nearest
+        fitted = fits
     return low

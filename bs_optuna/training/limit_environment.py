@@ -14,11 +14,13 @@ import os
 from pathlib import Path
 
 
+# Less would cost more in whole pages; the time steps of an LSTM are often less than 64 KiB.
+MAPPED_BYTES = 16 * 2**10
 LIMIT_ENVIRONMENT: dict[str, str] = {
-    # Every tensor of 16 KiB or more is mapped on its own and given back when it is freed; glibc
+    # Every tensor of this size or more is mapped on its own and given back when it is freed; glibc
     # otherwise raises this threshold as it goes and keeps what was freed in its heap, so that a
-    # size that fitted once fails later. The time steps of an LSTM are often below 64 KiB.
-    "MALLOC_MMAP_THRESHOLD_": "16384",
+    # size that fitted once fails later.
+    "MALLOC_MMAP_THRESHOLD_": str(MAPPED_BYTES),
     # One heap instead of one per thread, each of which would keep its own freed blocks.
     "MALLOC_ARENA_MAX": "1",
     # MKL keeps the buffers of its matrix products for the life of a thread otherwise.

@@ -56,6 +56,8 @@ class StartingSizes:
         self._limit = limit
         self._batch_size = batch_size
         self._predicted: dict[int, FittingSizes] = {}
+        self._probe: MemoryProbe | None = None
+        self._untraceable = False
         self.measured: Throughput | None = None
 
     def predicted(self, batch_size: int) -> FittingSizes:
@@ -71,17 +73,21 @@ class StartingSizes:
 
     def _predict(self, batch_size: int) -> FittingSizes:
         available = available_bytes(self._device, self._limit.limit_bytes)
-        if available is None:
+        if available is None or self._untraceable:
             return FittingSizes()
         microbatch: int | None = None
+        most = max(2 * batch_size, SMALLEST_EVALUATION_BATCH)
         try:
             with as_limited(self._device, self._limit.limit_bytes):
-                probe = MemoryProbe(self._task, device=self._device, batch_size=batch_size)
-                microbatch = probe.largest_fitting(available)
-                most = max(2 * batch_size, SMALLEST_EVALUATION_BATCH)
-                return FittingSizes(microbatch, probe.largest_evaluation(available, most=most))
+                self._probe = self._probe or MemoryProbe(self._task, device=self._device)
+                microbatch = self._probe.largest_fitting(available, batch_size=batch_size)
+                evaluation = self._probe.largest_evaluation(
+                    available, batch_size=batch_size, most=most
+                )
+                return FittingSizes(microbatch, evaluation)
         except UntraceableError as error:
             _logger.info("%s", error)
+            self._untraceable = self._probe is None
             return FittingSizes(microbatch)
 
     @property
