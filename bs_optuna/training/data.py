@@ -96,6 +96,12 @@ def first_samples(data: Data, count: int) -> tuple[Any, Any]:
     return samples
 
 
+def bytes_per_sample(data: Data, device: torch.device) -> int:
+    """What a sample takes of a device's memory before it is moved there: 0 if it lies elsewhere."""
+    leaves: list[torch.Tensor] = optree.tree_leaves(first_samples(data, 1))  # type: ignore[arg-type]
+    return sum(leaf.nbytes for leaf in leaves if leaf.device.type == device.type)
+
+
 def _index_batches(samples: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     left = torch.empty(0, dtype=torch.int64)

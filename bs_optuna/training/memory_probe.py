@@ -25,6 +25,7 @@ from bs_optuna.errors import UntraceableError
 from bs_optuna.science.memory import largest_fitting as search
 from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import moved
+from bs_optuna.training.data import bytes_per_sample
 from bs_optuna.training.data import first_samples
 from bs_optuna.training.live_storages import LiveStorages
 from bs_optuna.training.live_storages import TooManyOperationsError
@@ -42,6 +43,11 @@ MARGIN_BYTES = 3 * 2**19
 MARGIN_FRACTION = 0.01
 # In what is followed at once: it takes some ten seconds, and a study follows about ten sizes.
 MOST_OPERATIONS = 30_000
+
+
+def usable_bytes(limit_bytes: int) -> int:
+    """What a step is predicted into: a limit less a margin for what cannot be predicted."""
+    return limit_bytes - max(MARGIN_BYTES, int(MARGIN_FRACTION * limit_bytes))
 
 
 class MemoryProbe:
@@ -66,11 +72,7 @@ class MemoryProbe:
         self._fake = _FakeMode(allow_non_fake_inputs=True)
         self._storages = LiveStorages(self._device.type, most_operations=MOST_OPERATIONS)
         self._sample: Any = first_samples(task.train_data, 1)
-        self._sample_bytes = sum(
-            leaf.nbytes
-            for leaf in optree.tree_leaves(self._sample)
-            if leaf.device.type == self._device.type
-        )
+        self._sample_bytes = bytes_per_sample(task.train_data, self._device)
         with self._tracing():
             with self._device:  # a fake module cannot be moved once it is made
                 self._model = task.model().train()
@@ -113,12 +115,12 @@ class MemoryProbe:
         A margin is left for what cannot be predicted.
         """
         peak_bytes = partial(self.peak_bytes, batch_size=batch_size)
-        return search(peak_bytes, _usable(limit_bytes), most=batch_size, seen=self._steps)
+        return search(peak_bytes, usable_bytes(limit_bytes), most=batch_size, seen=self._steps)
 
     def largest_evaluation(self, limit_bytes: int, *, batch_size: int, most: int) -> int:
         """Likewise, the largest piece of at most ``most`` samples for an evaluation."""
         peak_bytes = partial(self.evaluation_peak_bytes, batch_size=batch_size)
-        return search(peak_bytes, _usable(limit_bytes), most=most, seen=self._evaluations)
+        return search(peak_bytes, usable_bytes(limit_bytes), most=most, seen=self._evaluations)
 
     @contextmanager
     def _tracing(self) -> Iterator[None]:
@@ -200,10 +202,6 @@ def _without_fused_layers() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-def _usable(limit_bytes: int) -> int:
-    return limit_bytes - max(MARGIN_BYTES, int(MARGIN_FRACTION * limit_bytes))
 
 
 def _repeated(batch: Any, size: int) -> Any:

@@ -16,6 +16,7 @@ from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.errors import ThrashingError
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import mark_memory
+from bs_optuna.science.memory import MicrobatchBounds
 from bs_optuna.training.attempt import Attempt
 from bs_optuna.training.budget import Budget
 from bs_optuna.training.known_sizes import Claim
@@ -149,8 +150,8 @@ class TrainingObjective:
             tell=lambda found: _set(trial, found),
             old=frozenset(self._old_claims),
         )
-        known = self._known(trial.study, batch_size)
         attempt = Attempt.read(trial.number, trial.user_attrs, folder=self._checkpoints)
+        known = self._known(trial.study, batch_size, measure=attempt.number == 1)
         seed = self.seed + attempt.first
         run = self._run(batch_size, learning_rate, seed, known, attempt, search)
         _set(trial, attempt.started(microbatch_size=run.microbatch_size))
@@ -230,7 +231,7 @@ class TrainingObjective:
             pieces = min(pieces or 2 * most, 2 * most)
         size = known.microbatch.start(most, predicted=predicted.microbatch)
         # What was measured here has run here.
-        unseen = self._starting_sizes.searched and self._microbatch_size != "fastest"
+        unseen = self._microbatch_size != "fastest" and self._starting_sizes.searched(batch_size)
         if search is not None and unseen and not known.microbatch.hopeless:
             size = search.begin(size, known)
         settings = RunSettings(
@@ -280,12 +281,19 @@ class TrainingObjective:
         _set(trial, stored | learned(run, self._memory_key, elsewhere=elsewhere))
         mark_memory(trial, fits=not (reason or "").startswith("memory"))
 
-    def _known(self, study: optuna.Study, batch_size: int) -> KnownSizes:
-        with private_random_state(self.device):
-            # First: it takes its time, in which others learn.
-            self._starting_sizes.predicted(batch_size)
+    def _known(self, study: optuna.Study, batch_size: int, *, measure: bool = False) -> KnownSizes:
+        def read() -> KnownSizes:
             trials = study.get_trials(deepcopy=False)
             return known_sizes(trials, self._memory_key, batch_size=batch_size)
+
+        if self._starting_sizes.is_predicted(batch_size):
+            return read()
+        with private_random_state(self.device):
+            # Where something is known no step is taken only to be measured. That may kill a worker
+            # too, whose trial goes on without.
+            measure = measure and read().microbatch == MicrobatchBounds()
+            self._starting_sizes.predict(batch_size, measure=measure)
+        return read()  # it takes its time, in which others learn
 
 
 def _set(trial: optuna.Trial, stored: Mapping[str, object]) -> None:

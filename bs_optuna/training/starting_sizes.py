@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -13,7 +14,10 @@ from bs_optuna.errors import UntraceableError
 from bs_optuna.science.memory import MicrobatchBounds
 from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.loop import SMALLEST_EVALUATION_BATCH
+from bs_optuna.training.measured_memory import FEWEST_SAMPLES
+from bs_optuna.training.measured_memory import MeasuredMemory
 from bs_optuna.training.memory_probe import MemoryProbe
+from bs_optuna.training.memory_probe import usable_bytes
 from bs_optuna.training.task import TrainingTask
 from bs_optuna.training.throughput import Throughput
 from bs_optuna.training.throughput import measure_throughput
@@ -58,43 +62,94 @@ class StartingSizes:
         self._predicted: dict[int, FittingSizes] = {}
         self._probe: MemoryProbe | None = None
         self._untraceable = False
+        self._measured = MeasuredMemory(task, device=device)
         self.measured: Throughput | None = None
 
     def predicted(self, batch_size: int) -> FittingSizes:
-        """What fits beside a batch of a size, which takes memory too.
+        """What fits beside a batch of a size, as `predict` has found; nothing is known before."""
+        return self._predicted.get(self._up_to(batch_size), FittingSizes())
+
+    def is_predicted(self, batch_size: int) -> bool:
+        """Whether `predict` has looked at batches of a size."""
+        return self._up_to(batch_size) in self._predicted
+
+    def predict(self, batch_size: int, *, measure: bool) -> None:
+        """Finds out what fits beside a batch of a size, which takes memory too.
 
         Once for all sizes up to the next power of two, or to the largest. Nothing is known without
-        a limit, or if the task cannot be traced.
-        """
-        up_to = min(2 ** (batch_size - 1).bit_length(), self._batch_size)
-        if up_to not in self._predicted:
-            self._predicted[up_to] = self._predict(max(up_to, batch_size))
-        return self._predicted[up_to]
+        a limit, or if the task can neither be traced nor measured.
 
-    def _predict(self, batch_size: int) -> FittingSizes:
+        Args:
+            batch_size: Samples per optimizer step.
+            measure: Whether real steps may be taken where a task cannot be traced, or to see
+                whether they take more than was traced.
+        """
+        up_to = self._up_to(batch_size)
         available = available_bytes(self._device, self._limit.limit_bytes)
-        if available is None or self._untraceable:
+        found = FittingSizes()
+        if available is not None:
+            with as_limited(self._device, self._limit.limit_bytes):
+                found = self._traced(max(up_to, batch_size), available)
+                if measure or self._measured.begun:  # one does not go without the other
+                    found = self._checked(found, max(up_to, batch_size), available)
+        self._predicted[up_to] = found
+
+    def _up_to(self, batch_size: int) -> int:
+        return min(1 << (batch_size - 1).bit_length(), self._batch_size)
+
+    def _checked(self, traced: FittingSizes, batch_size: int, available: int) -> FittingSizes:
+        size = traced.microbatch
+        if size is not None and not self._contradicted(size, batch_size, available):
+            return traced
+        usable = usable_bytes(available)
+        measured = self._measured.largest_fitting(usable, batch_size=batch_size)
+        if measured is None or measured == batch_size:
+            return FittingSizes(size if measured is None else measured, traced.evaluation)
+        # Without gradients twice as much fits as a rule.
+        return FittingSizes(measured, min(traced.evaluation or 2 * measured, 2 * measured))
+
+    def _contradicted(self, size: int, batch_size: int, available: int) -> bool:
+        """Whether a real step of half a size shows that the whole of it does not fit.
+
+        One is taken if more than half of what there is would be needed.
+        """
+        assert self._probe is not None
+        traced = partial(self._probe.peak_bytes, batch_size=batch_size)
+        half = size // 2
+        if half < FEWEST_SAMPLES or 2 * traced(size) <= available:
+            return False
+        measured = self._measured.peak_bytes(half, batch_size=batch_size)
+        if measured is None:
+            return False
+        # Of twice the size twice as much is not seen.
+        unseen = 2 * (measured - traced(half))
+        contradicted = unseen > available - usable_bytes(available)
+        if contradicted:
+            _logger.info(
+                "A step with microbatch_size=%d takes %d bytes, not %d as predicted: memory is "
+                "measured.", half, measured, traced(half)
+            )  # fmt: skip
+        return contradicted
+
+    def _traced(self, batch_size: int, available: int) -> FittingSizes:
+        if self._untraceable:
             return FittingSizes()
         microbatch: int | None = None
         most = max(2 * batch_size, SMALLEST_EVALUATION_BATCH)
         try:
-            with as_limited(self._device, self._limit.limit_bytes):
-                self._probe = self._probe or MemoryProbe(self._task, device=self._device)
-                microbatch = self._probe.largest_fitting(available, batch_size=batch_size)
-                evaluation = self._probe.largest_evaluation(
-                    available, batch_size=batch_size, most=most
-                )
-                return FittingSizes(microbatch, evaluation)
+            self._probe = self._probe or MemoryProbe(self._task, device=self._device)
+            microbatch = self._probe.largest_fitting(available, batch_size=batch_size)
+            evaluation = self._probe.largest_evaluation(available, batch_size=batch_size, most=most)
+            return FittingSizes(microbatch, evaluation)
         except UntraceableError as error:
             _logger.info("%s", error)
             self._untraceable = self._probe is None
             return FittingSizes(microbatch)
 
-    @property
-    def searched(self) -> bool:
+    def searched(self, batch_size: int) -> bool:
         """Whether what fits can only be found by running out of memory."""
         limited = available_bytes(self._device, self._limit.limit_bytes) is not None
-        return limited and self.predicted(self._batch_size).microbatch is None
+        return limited and self.predicted(batch_size).microbatch is None
 
     def measure(self, known: MicrobatchBounds) -> Throughput:
         """What microbatches of each size get done, up to the largest that may fit.
@@ -103,6 +158,8 @@ class StartingSizes:
             known: Which ones other trials have seen to fit.
         """
         if self.measured is None:
+            if not self.is_predicted(self._batch_size):
+                self.predict(self._batch_size, measure=False)  # which is what follows
             predicted = self.predicted(self._batch_size).microbatch
             most = known.start(self._batch_size, predicted=predicted)
             self.measured = measure_throughput(
@@ -134,8 +191,10 @@ def as_limited(device: torch.device, limit_bytes: int | None) -> Iterator[None]:
     if device.type != "cpu" or limit_bytes is None:
         yield
         return
-    flags = torch.backends.mkldnn.set_flags(False)
+    onednn = torch.backends.mkldnn.set_flags(False)
+    nnpack = torch.backends.nnpack.set_flags(False)
     try:
         yield
     finally:
-        torch.backends.mkldnn.set_flags(*flags)
+        torch.backends.mkldnn.set_flags(*onednn)
+        torch.backends.nnpack.set_flags(*nnpack)

@@ -39,3 +39,25 @@ def test_setting_the_environment_too_late_does_not_count(monkeypatch: pytest.Mon
     """
     assert run(program, environment={}) == "False"
     assert run(program) == "True"
+
+
+@linux
+@pytest.mark.slow
+def test_the_time_steps_of_a_recurrent_network_are_given_back() -> None:
+    """Some 25 KiB each, thousands of them: a heap that kept them would leave no room to others."""
+    program = """
+        torch.backends.mkldnn.set_flags(False)
+        model = nn.LSTM(16, 64, num_layers=2, bidirectional=True, batch_first=True)
+
+        def step(size):
+            model(torch.randn(size, 50, 16))[0].mean().backward()
+
+        step(2)
+        before = process_memory("VmData")["VmData"]
+        for size in (103, 102):
+            step(size)
+        print((process_memory("VmData")["VmData"] - before) / MIB)
+    """
+    higher = LIMIT_ENVIRONMENT | {"MALLOC_MMAP_THRESHOLD_": str(64 * 2**10)}
+    assert float(run(program)) < 12
+    assert float(run(program, environment=higher)) > 20

@@ -218,7 +218,7 @@ def test_what_does_not_fit_is_known_to_others_after_each_attempt(study: optuna.S
 def test_where_sizes_are_searched_what_others_try_is_left_to_them(
     study: optuna.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StartingSizes, "searched", True)
+    monkeypatch.setattr(StartingSizes, "searched", lambda *_: True)
     objective = make_objective(make_task())
     key = run_trial(objective, study, batch_size=8, lr=0.5).user_attrs[attributes.MEMORY_KEY]
     other = study.ask()  # its worker will be killed: it never goes on
@@ -242,7 +242,7 @@ def test_where_nothing_is_searched_nothing_is_claimed(study: optuna.Study) -> No
 def test_what_is_known_to_fit_costs_no_access_to_the_storage(
     monkeypatch: pytest.MonkeyPatch, searched: bool
 ) -> None:
-    monkeypatch.setattr(StartingSizes, "searched", searched)
+    monkeypatch.setattr(StartingSizes, "searched", lambda *_: searched)
     statements: list[str] = []
     storage = optuna.storages.RDBStorage("sqlite:///:memory:")
     study = optuna.create_study(storage=storage)

@@ -54,7 +54,12 @@ class Told(NoLimit):
 
 
 def predicted(task: TrainingTask, limit: MemoryLimit) -> FittingSizes:
-    return StartingSizes(task, device=CPU, limit=limit, batch_size=256).predicted(256)
+    return predicted_for(StartingSizes(task, device=CPU, limit=limit, batch_size=256), 256)
+
+
+def predicted_for(sizes: StartingSizes, batch_size: int) -> FittingSizes:
+    sizes.predict(batch_size, measure=True)
+    return sizes.predicted(batch_size)
 
 
 def test_without_a_limit_nothing_is_predicted() -> None:
@@ -77,9 +82,10 @@ def test_a_batch_that_is_too_large_itself_says_nothing_of_smaller_ones() -> None
     data = (torch.randn(1, 65536).expand(256, -1), torch.zeros(256, dtype=torch.long))
     task = make_task(train_data=data, valid_data=data, model=lambda: nn.Linear(65536, 2))
     sizes = StartingSizes(task, device=CPU, limit=Told(40 * MIB), batch_size=256)
-    assert sizes.predicted(256).microbatch == 0
+    assert predicted_for(sizes, 256).microbatch == 0
+    assert predicted_for(sizes, 33).microbatch == 64
     assert sizes.predicted(33) == sizes.predicted(64)
-    assert sizes.predicted(64).microbatch == 64
+    assert [sizes.is_predicted(size) for size in (256, 64, 32)] == [True, True, False]
 
 
 def test_a_prediction_uses_the_kernels_of_the_limit_and_turns_the_others_on_again() -> None:
@@ -142,7 +148,7 @@ def test_what_was_seen_comes_before_what_was_predicted(monkeypatch: pytest.Monke
 
 
 PROGRAM = """
-    import json, sys, warnings
+    import json, resource, sys, warnings
     import optuna, torch
     from torch import nn
     from bs_optuna.sampling import attributes
@@ -181,12 +187,39 @@ PROGRAM = """
         loss = nn.functional.cross_entropy(outputs, targets)
         return loss if loss.item() > 0 else -loss
 
-    models = {"wide": wide, "cnn": cnn, "transformer": Transformer, "untraceable": wide}
+    class Upsampled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = nn.Conv2d(1, 16, 3)
+            self.head = nn.Linear(16, 10)
+
+        def forward(self, x):
+            images = self.convolution(x.view(-1, 1, 4, 4).repeat(1, 1, 4, 4))
+            return self.head(nn.functional.interpolate(
+                images, scale_factor=2, mode="bilinear").mean((2, 3)))
+
+    class Immeasurable(nn.Module):
+        "Out of memory where no limit is in force."
+
+        def __init__(self):
+            super().__init__()
+            self.net = wide()
+
+        def forward(self, x):
+            unlimited = resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
+            if unlimited and self.training and len(x) > 2:
+                torch.empty(2**55)
+            return self.net(x)
+
+    models = {
+        "wide": wide, "cnn": cnn, "transformer": Transformer, "untraceable": wide,
+        "upsampled": Upsampled, "immeasurable": Immeasurable,
+    }
     limit = int(mib) * 2**20
     data = torch.randn(SAMPLES, 16), torch.zeros(SAMPLES, dtype=torch.long)
     task = TrainingTask(
         model=models[model], train_data=data, valid_data=data, optimizer=optimizer,
-        loss=item_loss if model == "untraceable" else nn.functional.cross_entropy,
+        loss=item_loss if model in ("untraceable", "immeasurable") else nn.functional.cross_entropy,
     )
     evaluations = []
     attempt = evaluation.Evaluation._attempt
@@ -195,7 +228,8 @@ PROGRAM = """
     objective = TrainingObjective(
         task, budget=Budget("steps", 2), batch_size=(16, SAMPLES), memory_limit=limit, device=DEVICE
     )
-    evaluations.clear()  # that of the rehearsal
+    objective._starting_sizes.predict(SAMPLES, measure=True)
+    evaluations.clear()  # those of the rehearsal and of what was measured
     study = optuna.create_study()
 
     def trial(batch_size):
@@ -225,7 +259,7 @@ PROGRAM = """
         "batches": [t[attributes.SAMPLES] // t[attributes.STEPS] for t in trials],
         "predicted": predicted,
         "fits": fits,
-        "a ninth more fails": model == "untraceable" or fails(int(fits / 0.9) + 1),
+        "a ninth more fails": model == "immeasurable" or fails(int(fits / 0.9) + 1),
     }))
 """
 
@@ -285,8 +319,18 @@ def check_study(found: dict[str, Any], samples: int) -> None:
 
 @linux
 @pytest.mark.slow
-def test_an_untraceable_task_halves_until_it_fits() -> None:
-    found = study_under("untraceable", "sgd", 50, 512)
+@pytest.mark.parametrize(
+    ("model", "optimizer", "mib"), [("untraceable", "sgd", 50), ("upsampled", "adamw", 20)]
+)
+def test_what_fake_tensors_do_not_tell_is_measured(model: str, optimizer: str, mib: int) -> None:
+    """Code that depends on data, and an operation that takes as much again inside itself."""
+    check_study(study_under(model, optimizer, mib, 512), 512)
+
+
+@linux
+@pytest.mark.slow
+def test_what_can_neither_be_traced_nor_measured_is_halved() -> None:
+    found = study_under("immeasurable", "sgd", 50, 512)
     assert found["predicted"] is None
     assert 1 <= found["failures"] <= 9  # log2(512)
     assert found["fits"] >= 16

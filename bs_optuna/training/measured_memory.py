@@ -1,0 +1,112 @@
+"""Peak memory of real training steps, from small ones up: for what fake tensors cannot tell."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from bs_optuna.errors import BsOptunaError
+from bs_optuna.training.budget import Budget
+from bs_optuna.training.data import bytes_per_sample
+from bs_optuna.training.data import first_samples
+from bs_optuna.training.limit_environment import is_prepared
+from bs_optuna.training.loop import TrainingRun
+from bs_optuna.training.memory_limit import memory_limit
+from bs_optuna.training.oom import classify
+from bs_optuna.training.oom import release
+from bs_optuna.training.run_settings import RunSettings
+from bs_optuna.training.task import TrainingTask
+
+
+# BatchNorm refuses a single sample.
+FEWEST_SAMPLES = 2
+# The first step makes the optimizer's state, and the second finds it.
+STEPS = 2
+# The model is thrown away, and should not diverge before that.
+LEARNING_RATE = 1e-6
+
+
+class MeasuredMemory:
+    """Trains throw-away models for two steps each, and sees how much memory that takes.
+
+    The microbatch is doubled as long as the next one is expected to fit, so that nothing runs out
+    of memory as a rule.
+
+    Args:
+        task: What would be trained.
+        device: Where it would be trained.
+    """
+
+    def __init__(self, task: TrainingTask, *, device: torch.device) -> None:
+        # Its evaluation, which comes after the steps, must not need more than they do.
+        self._task = replace(task, valid_data=first_samples(task.valid_data, 1))
+        self._device = device
+        self._sample_bytes = bytes_per_sample(task.train_data, device)
+        self._peaks: dict[int, int | None] = {}
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was measured."""
+        return bool(self._peaks)
+
+    def peak_bytes(self, microbatch_size: int, *, batch_size: int) -> int | None:
+        """Most bytes held at a time while a batch is trained on in microbatches of a size.
+
+        Returns:
+            None where that is unknown: the step has failed, samples vary in length, or the device,
+            the system or the C library does not tell.
+        """
+        if microbatch_size not in self._peaks:
+            self._peaks[microbatch_size] = self._measured(microbatch_size)
+        peak = self._peaks[microbatch_size]
+        others = batch_size - 2 * microbatch_size  # two were there when it was measured
+        return None if peak is None else peak + others * self._sample_bytes
+
+    def largest_fitting(self, usable_bytes: int, *, batch_size: int) -> int | None:
+        """The largest microbatch size whose step takes no more than so much; None if unknown.
+
+        Peak memory is piecewise affine in the size: the line through the last two is drawn on, and
+        believed up to twice the larger one.
+        """
+        size, low, low_bytes = min(FEWEST_SAMPLES, batch_size), 0, 0
+        while (peak := self.peak_bytes(size, batch_size=batch_size)) is not None:
+            if size == batch_size and peak <= usable_bytes:
+                return size
+            if low:
+                slope = max(1.0, (peak - low_bytes) / (size - low))
+                most = size + math.floor((usable_bytes - peak) / slope)
+                if most <= 2 * size:
+                    return max(low, min(most, batch_size))
+            elif peak > usable_bytes:
+                return 1  # or none: a trial will tell
+            size, low, low_bytes = min(2 * size, batch_size), size, peak
+        return None
+
+    def _measured(self, size: int) -> int | None:
+        if self._task.longest is not None:
+            return None  # the next batch may hold longer ones
+        if self._device.type == "cpu" and not is_prepared():
+            return None  # what the heap has kept from before would be used again
+        settings = RunSettings(
+            batch_size=2 * size,  # the second microbatch finds gradients, as all but the first do
+            microbatch_size=size,
+            learning_rate=LEARNING_RATE,
+            budget=Budget("steps", STEPS),
+            seed=0,
+            evaluations=1,
+        )
+        free = memory_limit(self._device, None)
+        run = TrainingRun(self._task, settings, device=self._device, limit=free)
+        try:
+            for _ in run.checkpoints():
+                pass
+        except BsOptunaError:
+            return None
+        except Exception as error:
+            if classify(error) is None:
+                raise
+            release(error)
+            return None
+        return None if run.failed_sizes else run.peak_memory_bytes()
