@@ -84,7 +84,9 @@ def test_two_workers_search_for_what_fits_once(
     attempts = sum(t.user_attrs.get(attributes.OOM_ATTEMPTS, 0) for t in found)
     largest = max(t.params["batch_size"] for t in found)
     smallest = min(t.user_attrs[attributes.MICROBATCH_FITS] for t in found)
-    assert attempts <= (math.log2(largest / smallest) + 1 if model == "searched" else 1)
+    # Of what is measured each process may be wrong once: neither waits for the other.
+    most = {"traced": 1, "measured": 2, "searched": math.log2(largest / smallest) + 1}
+    assert attempts <= most[model]
     # Whoever began low to keep clear of the other does not stay there in the trials after it.
     best = max(t.user_attrs[attributes.MICROBATCH_FITS] for t in found)
     late = [t.user_attrs[attributes.MICROBATCH_FITS] for t in found[-trials_in_all // 2 :]]
