@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 
@@ -40,11 +41,13 @@ class MeasuredMemory:
     """
 
     def __init__(self, task: TrainingTask, *, device: torch.device) -> None:
-        # Its evaluation, which comes after the steps, must not need more than they do.
-        self._task = replace(task, valid_data=first_samples(task.valid_data, 1))
+        self._task = task
         self._device = device
-        self._sample_bytes = bytes_per_sample(task.train_data, device)
         self._peaks: dict[int, int | None] = {}
+
+    @cached_property
+    def _sample_bytes(self) -> int:
+        return bytes_per_sample(self._task.train_data, self._device)
 
     @property
     def begun(self) -> bool:
@@ -97,8 +100,10 @@ class MeasuredMemory:
             seed=0,
             evaluations=1,
         )
+        # The evaluation that comes after the steps must not need more than they do.
+        task = replace(self._task, valid_data=first_samples(self._task.valid_data, 1))
         free = memory_limit(self._device, None)
-        run = TrainingRun(self._task, settings, device=self._device, limit=free)
+        run = TrainingRun(task, settings, device=self._device, limit=free)
         try:
             for _ in run.checkpoints():
                 pass

@@ -14,6 +14,7 @@ import optuna
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from bs_optuna.sampling import attributes
 from bs_optuna.training import Budget
@@ -64,6 +65,23 @@ def predicted_for(sizes: StartingSizes, batch_size: int) -> FittingSizes:
 
 def test_without_a_limit_nothing_is_predicted() -> None:
     assert predicted(make_task(), NoLimit()) == FittingSizes(None, None)
+
+
+class Samples(Dataset[Any]):
+    """Read by a loader, which draws a random number when it begins."""
+
+    def __len__(self) -> int:
+        return 256
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(16), torch.tensor(0)
+
+
+def test_nothing_is_drawn_before_something_is_predicted() -> None:
+    task = make_task(train_data=Samples(), valid_data=Samples())
+    state = torch.get_rng_state()
+    StartingSizes(task, device=CPU, limit=Told(8 * MIB), batch_size=256)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_larger_limit_holds_more() -> None:
