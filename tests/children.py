@@ -25,10 +25,10 @@ def run_python(*arguments: str, folder: Path | None = None) -> subprocess.Comple
     )
 
 
-def run_limited(script: Path) -> Any:
-    """What the script printed, read as JSON."""
+def run_limited(script: Path, *arguments: str) -> Any:
+    """What the script printed with some arguments, read as JSON."""
     run = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, str(script), *arguments],
         env={**os.environ, **LIMIT_ENVIRONMENT, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -164,3 +164,35 @@ def largest_fitting(
         stride = 0 if surrounded else 2 * stride or nearest
         fitted = fits
     return low
+
+
+def largest_from_below(
+    peak_bytes: Callable[[int], float | None], limit_bytes: float, *, least: int, most: int
+) -> int | None:
+    """About the largest size within a limit, where no size may be asked for that exceeds it.
+
+    The size is doubled. Peak memory is piecewise affine in it: the line through the last two is
+    drawn on, and believed up to twice the larger one; if the limit lies beyond, that is asked next.
+
+    Args:
+        peak_bytes: Peak memory of a size, not decreasing; None where it cannot be found out.
+        limit_bytes: What should not be exceeded.
+        least: The size to begin with.
+        most: The largest size of interest, at least ``least``.
+
+    Returns:
+        A size from 1 to ``most``: 1 if not even the least one fits. None where a peak is missing.
+    """
+    size, below, below_bytes = least, 0, 0.0
+    while (peak := peak_bytes(size)) is not None:
+        if size == most and peak <= limit_bytes:
+            return size
+        if below:
+            slope = max(1.0, (peak - below_bytes) / (size - below))
+            found = size + math.floor((limit_bytes - peak) / slope)
+            if found <= 2 * size:
+                return max(below, min(found, most))
+        elif peak > limit_bytes:
+            return 1
+        size, below, below_bytes = min(2 * size, most), size, peak
+    return None

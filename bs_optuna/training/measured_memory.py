@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import cached_property
+from functools import partial
 
 import torch
 
 from bs_optuna.errors import BsOptunaError
+from bs_optuna.science.memory import largest_from_below as search
 from bs_optuna.training.budget import Budget
 from bs_optuna.training.data import bytes_per_sample
 from bs_optuna.training.data import first_samples
@@ -19,14 +20,12 @@ from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import release
 from bs_optuna.training.run_settings import RunSettings
 from bs_optuna.training.task import TrainingTask
+from bs_optuna.training.throughput import FEWEST_SAMPLES
+from bs_optuna.training.throughput import LEARNING_RATE
 
 
-# BatchNorm refuses a single sample.
-FEWEST_SAMPLES = 2
 # The first step makes the optimizer's state, and the second finds it.
 STEPS = 2
-# The model is thrown away, and should not diverge before that.
-LEARNING_RATE = 1e-6
 
 
 class MeasuredMemory:
@@ -68,24 +67,13 @@ class MeasuredMemory:
         return None if peak is None else peak + others * self._sample_bytes
 
     def largest_fitting(self, usable_bytes: int, *, batch_size: int) -> int | None:
-        """The largest microbatch size whose step takes no more than so much; None if unknown.
-
-        Peak memory is piecewise affine in the size: the line through the last two is drawn on, and
-        believed up to twice the larger one.
-        """
-        size, low, low_bytes = min(FEWEST_SAMPLES, batch_size), 0, 0
-        while (peak := self.peak_bytes(size, batch_size=batch_size)) is not None:
-            if size == batch_size and peak <= usable_bytes:
-                return size
-            if low:
-                slope = max(1.0, (peak - low_bytes) / (size - low))
-                most = size + math.floor((usable_bytes - peak) / slope)
-                if most <= 2 * size:
-                    return max(low, min(most, batch_size))
-            elif peak > usable_bytes:
-                return 1  # or none: a trial will tell
-            size, low, low_bytes = min(2 * size, batch_size), size, peak
-        return None
+        """The largest microbatch size whose step takes no more than so much; None if unknown."""
+        return search(
+            partial(self.peak_bytes, batch_size=batch_size),
+            usable_bytes,
+            least=min(FEWEST_SAMPLES, batch_size),
+            most=batch_size,
+        )
 
     def _measured(self, size: int) -> int | None:
         if self._task.longest is not None:

@@ -282,18 +282,18 @@ class TrainingObjective:
         mark_memory(trial, fits=not (reason or "").startswith("memory"))
 
     def _known(self, study: optuna.Study, batch_size: int, *, measure: bool = False) -> KnownSizes:
-        def read() -> KnownSizes:
-            trials = study.get_trials(deepcopy=False)
-            return known_sizes(trials, self._memory_key, batch_size=batch_size)
-
-        if self._starting_sizes.is_predicted(batch_size):
-            return read()
+        known = self._said(study, batch_size)
+        # Where something is known no step is taken only to be measured: that may kill a worker too,
+        # whose trial then goes on without.
+        measure = measure and known.microbatch == MicrobatchBounds()
         with private_random_state(self.device):
-            # Where something is known no step is taken only to be measured. That may kill a worker
-            # too, whose trial goes on without.
-            measure = measure and read().microbatch == MicrobatchBounds()
-            self._starting_sizes.predict(batch_size, measure=measure)
-        return read()  # it takes its time, in which others learn
+            if self._starting_sizes.predict(batch_size, measure=measure):
+                known = self._said(study, batch_size)  # by others in the meantime
+        return known
+
+    def _said(self, study: optuna.Study, batch_size: int) -> KnownSizes:
+        trials = study.get_trials(deepcopy=False)
+        return known_sizes(trials, self._memory_key, batch_size=batch_size)
 
 
 def _set(trial: optuna.Trial, stored: Mapping[str, object]) -> None:

@@ -10,10 +10,7 @@ from bs_optuna.training.memory_limit import memory_limit
 from bs_optuna.training.random_states import private_random_state
 from bs_optuna.training.run_settings import RunSettings
 from bs_optuna.training.task import TrainingTask
-
-
-# Two, because BatchNorm cannot take a single one.
-SAMPLES = 2
+from bs_optuna.training.throughput import FEWEST_SAMPLES
 
 
 def load_optimizers() -> None:
@@ -24,7 +21,7 @@ def load_optimizers() -> None:
 def rehearse(task: TrainingTask, *, device: torch.device, learning_rate: float, seed: int) -> None:
     """One full small step, so that nothing is set up for the first time under a limit."""
     settings = RunSettings(
-        batch_size=min(SAMPLES, task.train_samples),
+        batch_size=min(FEWEST_SAMPLES, task.train_samples),
         learning_rate=learning_rate,
         budget=Budget("steps", 1),
         seed=seed,

@@ -14,11 +14,11 @@ from bs_optuna.errors import UntraceableError
 from bs_optuna.science.memory import MicrobatchBounds
 from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.loop import SMALLEST_EVALUATION_BATCH
-from bs_optuna.training.measured_memory import FEWEST_SAMPLES
 from bs_optuna.training.measured_memory import MeasuredMemory
 from bs_optuna.training.memory_probe import MemoryProbe
 from bs_optuna.training.memory_probe import usable_bytes
 from bs_optuna.training.task import TrainingTask
+from bs_optuna.training.throughput import FEWEST_SAMPLES
 from bs_optuna.training.throughput import Throughput
 from bs_optuna.training.throughput import measure_throughput
 
@@ -62,18 +62,14 @@ class StartingSizes:
         self._predicted: dict[int, FittingSizes] = {}
         self._probe: MemoryProbe | None = None
         self._untraceable = False
-        self._measured = MeasuredMemory(task, device=device)
+        self._real_steps = MeasuredMemory(task, device=device)
         self.measured: Throughput | None = None
 
     def predicted(self, batch_size: int) -> FittingSizes:
         """What fits beside a batch of a size, as `predict` has found; nothing is known before."""
         return self._predicted.get(self._up_to(batch_size), FittingSizes())
 
-    def is_predicted(self, batch_size: int) -> bool:
-        """Whether `predict` has looked at batches of a size."""
-        return self._up_to(batch_size) in self._predicted
-
-    def predict(self, batch_size: int, *, measure: bool) -> None:
+    def predict(self, batch_size: int, *, measure: bool) -> bool:
         """Finds out what fits beside a batch of a size, which takes memory too.
 
         Once for all sizes up to the next power of two, or to the largest. Nothing is known without
@@ -82,17 +78,24 @@ class StartingSizes:
         Args:
             batch_size: Samples per optimizer step.
             measure: Whether real steps may be taken where a task cannot be traced, or to see
-                whether they take more than was traced.
+                whether they take more than was traced. Where some were taken for another batch
+                size they are for all.
+
+        Returns:
+            Whether that was done now and took its time; False if it was known already.
         """
         up_to = self._up_to(batch_size)
+        if up_to in self._predicted:
+            return False
         available = available_bytes(self._device, self._limit.limit_bytes)
         found = FittingSizes()
         if available is not None:
             with as_limited(self._device, self._limit.limit_bytes):
                 found = self._traced(max(up_to, batch_size), available)
-                if measure or self._measured.begun:  # one does not go without the other
+                if measure or self._real_steps.begun:
                     found = self._checked(found, max(up_to, batch_size), available)
         self._predicted[up_to] = found
+        return True
 
     def _up_to(self, batch_size: int) -> int:
         return min(1 << (batch_size - 1).bit_length(), self._batch_size)
@@ -102,7 +105,7 @@ class StartingSizes:
         if size is not None and not self._contradicted(size, batch_size, available):
             return traced
         usable = usable_bytes(available)
-        measured = self._measured.largest_fitting(usable, batch_size=batch_size)
+        measured = self._real_steps.largest_fitting(usable, batch_size=batch_size)
         if measured is None or measured == batch_size:
             return FittingSizes(size if measured is None else measured, traced.evaluation)
         # Without gradients twice as much fits as a rule.
@@ -118,18 +121,18 @@ class StartingSizes:
         half = size // 2
         if half < FEWEST_SAMPLES or 2 * traced(size) <= available:
             return False
-        measured = self._measured.peak_bytes(half, batch_size=batch_size)
+        measured = self._real_steps.peak_bytes(half, batch_size=batch_size)
         if measured is None:
             return False
+        expected = traced(half)
         # Of twice the size twice as much is not seen.
-        unseen = 2 * (measured - traced(half))
-        contradicted = unseen > available - usable_bytes(available)
-        if contradicted:
-            _logger.info(
-                "A step with microbatch_size=%d takes %d bytes, not %d as predicted: memory is "
-                "measured.", half, measured, traced(half)
-            )  # fmt: skip
-        return contradicted
+        if 2 * (measured - expected) <= available - usable_bytes(available):
+            return False
+        _logger.info(
+            "A step with microbatch_size=%d takes %d bytes, not %d as predicted: memory is "
+            "measured.", half, measured, expected
+        )  # fmt: skip
+        return True
 
     def _traced(self, batch_size: int, available: int) -> FittingSizes:
         if self._untraceable:
@@ -158,8 +161,7 @@ class StartingSizes:
             known: Which ones other trials have seen to fit.
         """
         if self.measured is None:
-            if not self.is_predicted(self._batch_size):
-                self.predict(self._batch_size, measure=False)  # which is what follows
+            self.predict(self._batch_size, measure=False)  # which is what follows
             predicted = self.predicted(self._batch_size).microbatch
             most = known.start(self._batch_size, predicted=predicted)
             self.measured = measure_throughput(

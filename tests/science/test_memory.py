@@ -14,6 +14,7 @@ from bs_optuna.science.memory import MicrobatchBounds
 from bs_optuna.science.memory import beside
 from bs_optuna.science.memory import close
 from bs_optuna.science.memory import largest_fitting
+from bs_optuna.science.memory import largest_from_below
 
 
 SIZES = st.integers(1, 5000)
@@ -193,3 +194,52 @@ def test_an_affine_peak_takes_four_predictions() -> None:
 @pytest.mark.parametrize(("limit", "found"), [(0, 0), (1, 1), (2, 1)])
 def test_a_single_sample_is_a_size_too(limit: int, found: int) -> None:
     assert largest_fitting(lambda size: size, limit, most=1) == found
+
+
+@given(
+    constant=st.integers(0, 10_000), slope=st.integers(1, 300), limit=st.integers(0, 500_000),
+    most=SIZES,
+)  # fmt: skip
+def test_from_below_an_affine_peak_is_met_and_never_exceeded(
+    constant: int, slope: int, limit: int, most: int
+) -> None:
+    asked: list[int] = []
+
+    def peak(size: int) -> int:
+        asked.append(size)
+        return constant + slope * size
+
+    least = min(2, most)
+    found = largest_from_below(peak, limit, least=least, most=most)
+    calls = list(asked)
+    truth = max((size for size in range(1, most + 1) if peak(size) <= limit), default=0)
+    assert found == (truth if truth >= least else 1)
+    # Two sizes make a line; what is asked beyond them is what the line has promised.
+    assert all(peak(size) <= limit for size in calls[2:])
+    assert len(calls) <= math.log2(MOST) + 2
+
+
+@given(pieces=PIECES, limit=st.integers(0, 500_000), most=st.integers(2, MOST))
+def test_from_below_no_more_than_one_size_is_too_large(
+    pieces: list[tuple[int, int]], limit: int, most: int
+) -> None:
+    asked: list[int] = []
+
+    def peak(size: int) -> int:
+        asked.append(size)
+        return max(constant + slope * size for constant, slope in pieces)
+
+    found = largest_from_below(peak, limit, least=2, most=most)
+    calls = list(asked)
+    assert found is not None
+    assert 1 <= found <= most
+    assert sum(peak(size) > limit for size in calls) <= 1
+    if peak(calls[-1]) > limit and found > 1:  # between two that were asked, not beyond them
+        assert peak(found) <= limit
+
+
+def test_from_below_what_has_no_peak_says_nothing() -> None:
+    assert largest_from_below(lambda size: None, 100, least=2, most=64) is None
+    some = {2: 20.0, 4: 40.0}
+    assert largest_from_below(some.get, 1000, least=2, most=64) is None
+    assert largest_from_below(some.get, 70, least=2, most=64) == 7

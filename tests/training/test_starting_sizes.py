@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import subprocess
 import sys
-import textwrap
+from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 import torch
+from children import run_limited
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -22,7 +20,6 @@ from bs_optuna.training import TrainingObjective
 from bs_optuna.training import TrainingTask
 from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.limit import NoLimit
-from bs_optuna.training.limit_environment import LIMIT_ENVIRONMENT
 from bs_optuna.training.starting_sizes import FittingSizes
 from bs_optuna.training.starting_sizes import StartingSizes
 
@@ -103,7 +100,8 @@ def test_a_batch_that_is_too_large_itself_says_nothing_of_smaller_ones() -> None
     assert predicted_for(sizes, 256).microbatch == 0
     assert predicted_for(sizes, 33).microbatch == 64
     assert sizes.predicted(33) == sizes.predicted(64)
-    assert [sizes.is_predicted(size) for size in (256, 64, 32)] == [True, True, False]
+    assert not sizes.predict(64, measure=True)  # known already
+    assert sizes.predict(32, measure=True)
 
 
 def test_a_prediction_uses_the_kernels_of_the_limit_and_turns_the_others_on_again() -> None:
@@ -165,137 +163,12 @@ def test_what_was_seen_comes_before_what_was_predicted(monkeypatch: pytest.Monke
     assert microbatch() == 15  # half; memory that differs makes a 20 that has fitted no proof
 
 
-PROGRAM = """
-    import json, resource, sys, warnings
-    import optuna, torch
-    from torch import nn
-    from bs_optuna.sampling import attributes
-    from bs_optuna.training import Budget, TrainingObjective, TrainingTask
-    from bs_optuna.training.loop import TrainingRun
-    from bs_optuna.training.run_settings import RunSettings
-    from bs_optuna.training.memory_limit import memory_limit
-    from bs_optuna.training import evaluation
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    model, optimizer, mib, samples, device = sys.argv[1:]
-    DEVICE, SAMPLES = torch.device(device), int(samples)
-
-    def wide():
-        return nn.Sequential(nn.Linear(16, 65536), nn.ReLU(), nn.Linear(65536, 10))
-
-    def cnn():
-        return nn.Sequential(
-            nn.Unflatten(1, (1, 4, 4)), nn.Upsample(16), nn.Conv2d(1, 16, 3, padding=1),
-            nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU(),
-            nn.Dropout(0.1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
-        )
-
-    class Transformer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            layer = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True)
-            self.embed = nn.Linear(1, 64)
-            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-            self.head = nn.Linear(64, 10)
-
-        def forward(self, x):
-            return self.head(self.encoder(self.embed(x.unsqueeze(-1))).mean(1))
-
-    def item_loss(outputs, targets):
-        loss = nn.functional.cross_entropy(outputs, targets)
-        return loss if loss.item() > 0 else -loss
-
-    class Upsampled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.convolution = nn.Conv2d(1, 16, 3)
-            self.head = nn.Linear(16, 10)
-
-        def forward(self, x):
-            images = self.convolution(x.view(-1, 1, 4, 4).repeat(1, 1, 4, 4))
-            return self.head(nn.functional.interpolate(
-                images, scale_factor=2, mode="bilinear").mean((2, 3)))
-
-    class Immeasurable(nn.Module):
-        "Out of memory where no limit is in force."
-
-        def __init__(self):
-            super().__init__()
-            self.net = wide()
-
-        def forward(self, x):
-            unlimited = resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
-            if unlimited and self.training and len(x) > 2:
-                torch.empty(2**55)
-            return self.net(x)
-
-    models = {
-        "wide": wide, "cnn": cnn, "transformer": Transformer, "untraceable": wide,
-        "upsampled": Upsampled, "immeasurable": Immeasurable,
-    }
-    limit = int(mib) * 2**20
-    data = torch.randn(SAMPLES, 16), torch.zeros(SAMPLES, dtype=torch.long)
-    task = TrainingTask(
-        model=models[model], train_data=data, valid_data=data, optimizer=optimizer,
-        loss=item_loss if model in ("untraceable", "immeasurable") else nn.functional.cross_entropy,
-    )
-    evaluations = []
-    attempt = evaluation.Evaluation._attempt
-    evaluation.Evaluation._attempt = lambda *a: evaluations.append(1) or attempt(*a)
-
-    objective = TrainingObjective(
-        task, budget=Budget("steps", 2), batch_size=(16, SAMPLES), memory_limit=limit, device=DEVICE
-    )
-    objective._starting_sizes.predict(SAMPLES, measure=True)
-    evaluations.clear()  # those of the rehearsal and of what was measured
-    study = optuna.create_study()
-
-    def trial(batch_size):
-        study.enqueue_trial({"batch_size": batch_size, "lr": 1e-4})
-        study.optimize(objective, n_trials=1)
-        return study.get_trials()[-1].user_attrs
-
-    trials = [trial(SAMPLES), trial(SAMPLES // 3)]
-    # A multiple of the microbatch is cut into the largest ones.
-    predicted = objective._starting_sizes.predicted(SAMPLES).microbatch
-    trials.append(trial(min(SAMPLES, 2 * (predicted or 1))))
-    fits = max(t[attributes.MICROBATCH_FITS] for t in trials)
-
-    def fails(size):
-        settings = RunSettings(
-            batch_size=2 * size, learning_rate=1e-4, budget=Budget("steps", 2), seed=0,
-            microbatch_size=size, evaluations=1,
-        )
-        run = TrainingRun(task, settings, device=DEVICE, limit=memory_limit(DEVICE, limit))
-        for _ in run.checkpoints():
-            pass
-        return size in run.failed_sizes
-
-    print(json.dumps({
-        "failures": sum(t[attributes.BACKOFFS] for t in trials),
-        "failed evaluations": len(evaluations) - 2 * len(trials),
-        "batches": [t[attributes.SAMPLES] // t[attributes.STEPS] for t in trials],
-        "predicted": predicted,
-        "fits": fits,
-        "a ninth more fails": model == "immeasurable" or fails(int(fits / 0.9) + 1),
-    }))
-"""
-
-
 def study_under(
     model: str, optimizer: str, mib: int, samples: int, device: str = "cpu"
 ) -> dict[str, Any]:
     """What a study of three trials met in a fresh process with a real limit."""
-    arguments = (model, optimizer, str(mib), str(samples), device)
-    child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | LIMIT_ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr
-    found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    script = Path(__file__).with_name("real_starting_sizes.py")
+    found: dict[str, Any] = run_limited(script, model, optimizer, str(mib), str(samples), device)
     return found
 
 
