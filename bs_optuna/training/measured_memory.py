@@ -88,8 +88,10 @@ class MeasuredMemory:
             seed=0,
             evaluations=1,
         )
-        # The evaluation that comes after the steps must not need more than they do.
-        task = replace(self._task, valid_data=first_samples(self._task.valid_data, 1))
+        # The evaluation after the steps must not need more than they do, and a metric may refuse
+        # so few samples.
+        few = first_samples(self._task.train_data, FEWEST_SAMPLES)
+        task = replace(self._task, valid_data=few, metrics={}, objective="loss")
         free = memory_limit(self._device, None)
         run = TrainingRun(task, settings, device=self._device, limit=free)
         try:

@@ -114,7 +114,8 @@ class StartingSizes:
     def _contradicted(self, size: int, batch_size: int, available: int) -> bool:
         """Whether a real step of half a size shows that the whole of it does not fit.
 
-        One is taken if more than half of what there is would be needed.
+        One is taken if more than half of what there is would be needed. A half that cannot be
+        traced says that the rest is not to be trusted either.
         """
         assert self._probe is not None
         traced = partial(self._probe.peak_bytes, batch_size=batch_size)
@@ -124,7 +125,11 @@ class StartingSizes:
         measured = self._real_steps.peak_bytes(half, batch_size=batch_size)
         if measured is None:
             return False
-        expected = traced(half)
+        try:
+            expected = traced(half)
+        except UntraceableError as error:
+            _logger.info("%s", error)
+            return True
         # Of twice the size twice as much is not seen.
         if 2 * (measured - expected) <= available - usable_bytes(available):
             return False

@@ -18,6 +18,7 @@ from bs_optuna.sampling import attributes
 from bs_optuna.training import Budget
 from bs_optuna.training import TrainingObjective
 from bs_optuna.training import TrainingTask
+from bs_optuna.training import measured_memory
 from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.limit import NoLimit
 from bs_optuna.training.starting_sizes import FittingSizes
@@ -114,6 +115,35 @@ def test_a_prediction_uses_the_kernels_of_the_limit_and_turns_the_others_on_agai
     predicted(make_task(model=model), Told(8 * MIB))
     assert seen == [False]
     assert torch.backends.mkldnn.enabled
+
+
+def test_a_size_that_alone_cannot_be_traced_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    half = (predicted(make_task(), Told(8 * MIB)).microbatch or 0) // 2
+    monkeypatch.setattr(measured_memory, "is_prepared", lambda: True)  # about, not exactly
+
+    class Looks(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x if len(x) != half or x.sum().item() > -1e9 else -x)
+
+    model = lambda: nn.Sequential(Looks(16, 4096), nn.ReLU(), nn.Linear(4096, 10))  # noqa: E731
+    found = predicted(make_task(model=model), Told(8 * MIB))
+    assert found.microbatch is not None
+    assert 1 <= found.microbatch < 256
+
+
+def test_what_is_measured_asks_no_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that needs more samples than that is the user's own business."""
+    monkeypatch.setattr(measured_memory, "is_prepared", lambda: True)
+
+    def needs_many(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if len(outputs) < 100:
+            raise ValueError("too few")
+        return outputs.mean()
+
+    task = make_task(loss=looks_at_values, metrics={"many": needs_many}, objective="many")
+    assert predicted(task, Told(8 * MIB)).microbatch is not None
 
 
 def looks_at_values(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
