@@ -173,13 +173,16 @@ class MemoryProbe:
         return self._storages.peak - size * self._sample_bytes
 
     def _evaluation(self, size: int) -> int:
-        # The fused transformer layer is one operation, which does not tell what it needs inside.
-        with self._tracing(), torch.no_grad(), _without_fused_layers():
-            self._storages.peak = self._storages.live
-            inputs, targets = moved(_repeated(self._sample, size), self._device)
-            outputs = call_model(self._model.eval(), inputs)
-            for function in (self._loss, *self._task.metrics.values()):
-                function(outputs, targets)
+        self._model.eval()
+        try:
+            # The fused transformer layer is one operation, which does not tell what it needs.
+            with self._tracing(), torch.no_grad(), _without_fused_layers():
+                self._storages.peak = self._storages.live
+                inputs, targets = moved(_repeated(self._sample, size), self._device)
+                outputs = call_model(self._model, inputs)
+                for function in (self._loss, *self._task.metrics.values()):
+                    function(outputs, targets)
+        finally:  # steps of other sizes are followed after it
             self._model.train()
         return self._storages.peak
 

@@ -17,6 +17,7 @@ from bs_optuna.training.loop import SMALLEST_EVALUATION_BATCH
 from bs_optuna.training.measured_memory import MeasuredMemory
 from bs_optuna.training.memory_probe import MemoryProbe
 from bs_optuna.training.memory_probe import usable_bytes
+from bs_optuna.training.oom import release
 from bs_optuna.training.task import TrainingTask
 from bs_optuna.training.throughput import FEWEST_SAMPLES
 from bs_optuna.training.throughput import Throughput
@@ -129,6 +130,7 @@ class StartingSizes:
             expected = traced(half)
         except UntraceableError as error:
             _logger.info("%s", error)
+            release(error)
             return True
         # Of twice the size twice as much is not seen.
         if 2 * (measured - expected) <= available - usable_bytes(available):
@@ -151,6 +153,7 @@ class StartingSizes:
             return FittingSizes(microbatch, evaluation)
         except UntraceableError as error:
             _logger.info("%s", error)
+            release(error)  # what it holds would count in what is followed next
             self._untraceable = self._probe is None
             return FittingSizes(microbatch)
 

@@ -21,6 +21,7 @@ from bs_optuna.training.live_storages import allocated_bytes
 from bs_optuna.training.memory_probe import MARGIN_BYTES
 from bs_optuna.training.memory_probe import MOST_OPERATIONS
 from bs_optuna.training.memory_probe import MemoryProbe
+from bs_optuna.training.oom import release
 from bs_optuna.training.process_memory import process_memory
 from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.stepping import GuardedStep
@@ -208,6 +209,16 @@ def test_an_evaluation_is_predicted_too(model: str) -> None:
 
 def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (outputs.argmax(1) == targets).float().mean()
+
+
+def test_an_evaluation_that_cannot_be_traced_leaves_no_trace() -> None:
+    item = lambda outputs, targets: torch.tensor(outputs.sum().item())  # noqa: E731
+    probe = MemoryProbe(make_task("cnn", metrics={"item": item}), device=CPU)
+    for _ in range(2):
+        with pytest.raises(UntraceableError) as caught:
+            probe.evaluation_peak_bytes(BATCH, batch_size=BATCH)
+        release(caught.value)
+    assert probe.peak_bytes(50, batch_size=BATCH) == peak_bytes(make_task("cnn"), 50)
 
 
 def test_nothing_is_allocated_drawn_or_counted() -> None:
