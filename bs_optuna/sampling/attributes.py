@@ -38,7 +38,9 @@ EVALUATION_FITS = "evaluation_fits"  # int, piece of an evaluation that fitted a
 FIRST_ATTEMPT = "first_attempt"  # int, number of the trial that was the first attempt
 ATTEMPT = "attempt"  # int, 1 more for each death of a worker
 KILLED_BY = "killed_by"  # str, name of the signal that ended the attempt before
-KILLED_MICROBATCH = "killed_microbatch"  # int, its microbatch size
+KILLED_MICROBATCH = "killed_microbatch"  # int, its microbatch size, if that was in training
+EVALUATION_TRIED = "evaluation_tried"  # int, piece of the evaluation it is at; 0 between them
+KILLED_EVALUATION = "killed_evaluation"  # int, piece of the evaluation that one died in
 CHECKPOINT = "checkpoint"  # str, name of the file that all attempts share
 
 # Of a study.

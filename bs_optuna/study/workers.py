@@ -254,9 +254,8 @@ class _Crew:
         if trial is None:
             self._mourn(name)
         elif trial.state == TrialState.RUNNING:
-            size = trial.user_attrs.get(attributes.MICROBATCH_SIZE, "unknown")
             again = after_death(trial.number, trial.user_attrs, signal=name)
-            self._fail(trial, f"killed by {name} with microbatch_size={size}", again)
+            self._fail(trial, f"killed by {name} {_place_of_death(trial)}", again)
             self._end(self._trial(trial.number))
         else:  # it died between the end of the trial and saying so
             self._end(trial)
@@ -283,6 +282,12 @@ class _Crew:
 
     def _trial(self, number: int) -> FrozenTrial:
         return self._tuning.study.get_trials(deepcopy=False)[number]
+
+
+def _place_of_death(trial: FrozenTrial) -> str:
+    if piece := trial.user_attrs.get(attributes.EVALUATION_TRIED):
+        return f"evaluating in pieces of {piece}"
+    return f"with microbatch_size={trial.user_attrs.get(attributes.MICROBATCH_SIZE, 'unknown')}"
 
 
 def _signal_name(number: int) -> str:

@@ -20,6 +20,7 @@ _INHERITED = (
     attributes.ATTEMPT,
     attributes.KILLED_BY,
     attributes.KILLED_MICROBATCH,
+    attributes.KILLED_EVALUATION,
 )
 
 
@@ -31,7 +32,8 @@ class Attempt:
         first: Number of the trial that was the first attempt; all share its seed.
         number: 1 for the first attempt.
         killed_by: Signal that ended the attempt before; None if there was none.
-        killed_microbatch: Microbatch size of the attempt before, where it is known.
+        killed_microbatch: Microbatch size of the last attempt that ended in training, where known.
+        killed_evaluation: Samples in a piece of the last evaluation that an attempt ended in.
         folder: Where checkpoints are; None if none are written.
         checkpoint: Name of the checkpoint of all attempts.
     """
@@ -40,6 +42,7 @@ class Attempt:
     number: int
     killed_by: str | None
     killed_microbatch: int | None
+    killed_evaluation: int | None
     folder: Path | None
     checkpoint: str
 
@@ -57,6 +60,7 @@ class Attempt:
             number=stored.get(attributes.ATTEMPT, 1),
             killed_by=stored.get(attributes.KILLED_BY),
             killed_microbatch=stored.get(attributes.KILLED_MICROBATCH),
+            killed_evaluation=stored.get(attributes.KILLED_EVALUATION),
             folder=folder,
             # Named by chance: no other study's file can be taken for it.
             checkpoint=stored.get(attributes.CHECKPOINT) or f"{uuid.uuid4().hex}.pt",
@@ -77,14 +81,32 @@ class Attempt:
         """Why the trial is not tried again; None if it is."""
         if self.number <= MAX_ATTEMPTS:
             return None
-        size = f"with microbatch_size={self.killed_microbatch}" if self.killed_microbatch else ""
-        return f"memory: killed in each of {MAX_ATTEMPTS} attempts, last by {self.killed_by} {size}"
+        sizes = (
+            f" with microbatch_size={self.killed_microbatch}" if self.killed_microbatch else "",
+            f" evaluating in pieces of {self.killed_evaluation}" if self.killed_evaluation else "",
+        )
+        killed = f"memory: killed in each of {MAX_ATTEMPTS} attempts, last by {self.killed_by}"
+        return killed + " and".join(filter(None, sizes))
 
     def most(self, microbatch_size: int) -> int:
-        """Most samples that a microbatch may hold: at most half of what the last attempt had."""
+        """Most samples that a microbatch may hold: at most half of what one was killed with."""
         if self.killed_microbatch is None:
             return microbatch_size
         return max(1, min(microbatch_size, self.killed_microbatch // 2))
+
+    def most_evaluated(self, piece: int | None, *, microbatch_size: int) -> int | None:
+        """Most samples that a piece of an evaluation may hold.
+
+        Twice a microbatch that has trained fits as a rule, without gradients.
+
+        Args:
+            piece: What it would be if nothing had been killed.
+            microbatch_size: What the attempt trains with.
+        """
+        killed = self.killed_evaluation
+        if killed is None:
+            return piece
+        return max(1, min(piece or killed, killed // 2, 2 * microbatch_size))
 
     def failed_sizes(self, *, fits: int) -> list[int]:
         """What the death says of memory, once a smaller microbatch has fitted: that it ran out."""
@@ -101,6 +123,10 @@ class Attempt:
             attributes.CHECKPOINT: self.checkpoint,
             attributes.MICROBATCH_SIZE: microbatch_size,
         }
+
+    def evaluating(self, piece: int) -> dict[str, int]:
+        """What to store with the trial at the begin of an evaluation, and with 0 at its end."""
+        return {} if self.folder is None else {attributes.EVALUATION_TRIED: piece}
 
 
 def inherited(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,7 +148,9 @@ def after_death(number: int, stored: Mapping[str, Any], *, signal: str) -> dict[
         attributes.ATTEMPT: stored.get(attributes.ATTEMPT, 1) + 1,
         attributes.KILLED_BY: signal,
     }
-    if attributes.MICROBATCH_SIZE in stored:
+    if stored.get(attributes.EVALUATION_TRIED):  # then no microbatch is to blame
+        found[attributes.KILLED_EVALUATION] = stored[attributes.EVALUATION_TRIED]
+    elif attributes.MICROBATCH_SIZE in stored:
         found[attributes.KILLED_MICROBATCH] = stored[attributes.MICROBATCH_SIZE]
     if attributes.CHECKPOINT in stored:
         found[attributes.CHECKPOINT] = stored[attributes.CHECKPOINT]

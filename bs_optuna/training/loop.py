@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -61,6 +62,8 @@ class TrainingRun:
         limit: In force during the work on batches.
         search: Shares what is found out about memory, see `SizeSearch`; None keeps it here.
         file: Where the state of the run is kept for another process; None keeps none.
+        evaluating: Called with the samples in a piece at the begin of each evaluation of a
+            checkpoint, and with 0 at its end.
 
     Attributes:
         settings: With what it trains.
@@ -75,7 +78,7 @@ class TrainingRun:
         ran: Largest microbatch that a full step was ever done with.
         failed_sizes: Microbatch sizes that ran out of memory.
         gave_up: Whether nothing smaller was tried after the last of them.
-        evaluation_fits: Samples in a piece of an evaluation, if a larger piece ran out of memory.
+        evaluation_fits: Samples in a piece of an evaluation, if a larger piece did not fit.
         values: Validation loss and metrics of the last checkpoint.
     """
 
@@ -88,6 +91,7 @@ class TrainingRun:
         limit: MemoryLimit,
         search: Search | None = None,
         file: CheckpointFile | None = None,
+        evaluating: Callable[[int], None] = lambda piece: None,
     ) -> None:
         self._task = task
         self._given_loss = task.loss
@@ -96,6 +100,7 @@ class TrainingRun:
         self._limit = limit
         self._search = search
         self._file = file
+        self._evaluating = evaluating
         self._evaluated: dict[int, dict[str, float]] = {}  # by number of the rung
         self._peak = PeakMemory(device)
         self._total = settings.budget.steps(settings.batch_size)  # None: the clock decides
@@ -162,7 +167,9 @@ class TrainingRun:
                     self._step(batches)
                 if not last and self._progress() >= points[k + 1].progress:
                     continue  # one large step has passed several rungs: the last of them counts
+                self._evaluating(self._evaluation.batch_size)
                 values = self.evaluate(self._task.valid_data)
+                self._evaluating(0)
                 check_values(values, self.samples)
                 self._evaluated[k] = values
                 if not last:
@@ -177,7 +184,7 @@ class TrainingRun:
             MicrobatchDoesNotFitError: One sample does not fit.
         """
         values = self._evaluation(self._model, data, within=self._limit.active())
-        if self._evaluation.lost.attempts:
+        if self._evaluation.lost.attempts or self.settings.evaluation_killed:
             self.evaluation_fits = self._evaluation.batch_size
         return values
 

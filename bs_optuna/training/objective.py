@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -142,19 +144,20 @@ class TrainingObjective:
         """
         batch_size, learning_rate = self.suggest(trial)
         check_enough(self.task, batch_size)  # an enqueued one may lie outside the range
+        tell = partial(_set, trial)
         search = SizeSearch(
             trial.number,
             batch_size=batch_size,
             memory_key=self._memory_key,
             look=lambda: self._known(trial.study, batch_size),
-            tell=lambda found: _set(trial, found),
+            tell=tell,
             old=frozenset(self._old_claims),
         )
         attempt = Attempt.read(trial.number, trial.user_attrs, folder=self._checkpoints)
         known = self._known(trial.study, batch_size, measure=attempt.number == 1)
         seed = self.seed + attempt.first
-        run = self._run(batch_size, learning_rate, seed, known, attempt, search)
-        _set(trial, attempt.started(microbatch_size=run.microbatch_size))
+        run = self._run(batch_size, learning_rate, seed, known, attempt, search, tell)
+        tell(attempt.started(microbatch_size=run.microbatch_size))
         reason, value = None, None
         with private_random_state(self.device):
             try:
@@ -217,30 +220,29 @@ class TrainingObjective:
         known: KnownSizes,
         attempt: Attempt | None = None,
         search: SizeSearch | None = None,
+        tell: Callable[[Mapping[str, object]], None] = lambda found: None,
     ) -> TrainingRun:
+        attempt = attempt or Attempt.read(0, {}, folder=None)
         predicted = self._starting_sizes.predicted(batch_size)
         largest = self._microbatch_size
         if largest == "fastest":
             with private_random_state(self.device):
                 largest = self._starting_sizes.measure(known.microbatch).smallest_fast
-        most = min(batch_size, largest or batch_size)
-        if attempt is not None:
-            most = attempt.most(most)
-        pieces = known.evaluation or predicted.evaluation
-        if attempt is not None and attempt.number > 2:  # twice; perhaps in an evaluation
-            pieces = min(pieces or 2 * most, 2 * most)
+        most = attempt.most(min(batch_size, largest or batch_size))
         size = known.microbatch.start(most, predicted=predicted.microbatch)
         # What was measured here has run here.
         unseen = self._microbatch_size != "fastest" and self._starting_sizes.searched(batch_size)
         if search is not None and unseen and not known.microbatch.hopeless:
             size = search.begin(size, known)
+        pieces = known.evaluation or predicted.evaluation
         settings = RunSettings(
             batch_size=batch_size,
             learning_rate=learning_rate,
             budget=self.budget,
             seed=seed,
             microbatch_size=size,
-            evaluation_batch_size=pieces,
+            evaluation_batch_size=attempt.most_evaluated(pieces, microbatch_size=size),
+            evaluation_killed=attempt.killed_evaluation is not None,
             short_of_memory=known.microbatch.fails is not None,
             evaluations=EVALUATIONS,
             oom_budget=self._oom_budget,
@@ -251,7 +253,8 @@ class TrainingObjective:
             device=self.device,
             limit=self._limit,
             search=search,
-            file=None if attempt is None else attempt.file,
+            file=attempt.file,
+            evaluating=lambda piece: tell(attempt.evaluating(piece)),
         )
 
     def _train(self, trial: optuna.Trial, run: TrainingRun) -> tuple[float, str | None]:

@@ -25,6 +25,7 @@ class RunSettings:
         microbatch_size: Most samples in a microbatch, to begin with; None is the whole batch.
         evaluation_batch_size: Most samples in a piece of an evaluation, to begin with; None leaves
             it to the microbatch.
+        evaluation_killed: Whether a larger piece has ended an attempt before this one.
         short_of_memory: Whether others have run out of it. An evaluation of which nothing else is
             known then begins with pieces twice as large as a microbatch that has trained.
         evaluations: How often to evaluate, the end included.
@@ -38,6 +39,7 @@ class RunSettings:
     seed: int
     microbatch_size: int | None = None
     evaluation_batch_size: int | None = None
+    evaluation_killed: bool = False
     short_of_memory: bool = False
     evaluations: int = 5
     oom_budget: float = OOM_BUDGET

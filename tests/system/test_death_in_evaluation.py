@@ -1,4 +1,4 @@
-"""A worker that the system kills in an evaluation, whose pieces are then smaller too."""
+"""A worker that the system kills in an evaluation, whose pieces are smaller from then on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from children import run_python
 from optuna.trial import TrialState
 
+from bs_optuna.sampling import attributes
 from bs_optuna.study import open_study
 
 
@@ -41,12 +42,23 @@ def task():
 
 
 @pytest.mark.slow
-def test_it_costs_two_attempts(tmp_path: Path) -> None:
+def test_it_costs_one_attempt_of_the_study(tmp_path: Path) -> None:
     (tmp_path / "large.py").write_text(TASK, encoding="utf-8")
     arguments = ("--trials", "3", "--batch-size", "16:32", "--budget", "steps=20")
     run = run_python("-m", "bs_optuna.tune", "large.py", "--isolate", *arguments, folder=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "Recommended for large" in run.stdout
-    trials = open_study(storage=f"sqlite:///{tmp_path}/studies/large.db", name="large").trials
-    states = [trial.state for trial in trials]
-    assert states == [TrialState.FAIL] * 2 + [TrialState.COMPLETE] * 3
+    killed, *trials = open_study(
+        storage=f"sqlite:///{tmp_path}/studies/large.db", name="large"
+    ).trials
+    assert killed.state == TrialState.FAIL
+    reason = "killed by SIGKILL evaluating in pieces of 256"
+    assert killed.user_attrs[attributes.PRUNE_REASON] == reason
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
+    for trial in trials:
+        # The microbatch is not to blame, and nobody tries such a piece again.
+        assert trial.user_attrs[attributes.MICROBATCH_SIZE] == trial.params["batch_size"]
+        assert attributes.MICROBATCH_FAILS not in trial.user_attrs
+    again = trials[0].user_attrs
+    assert again[attributes.KILLED_EVALUATION] == 256
+    assert again[attributes.EVALUATION_FITS] == 2 * trials[0].params["batch_size"]

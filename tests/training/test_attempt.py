@@ -63,6 +63,36 @@ def test_without_a_folder_nothing_is_stored_with_the_trial(folder: Path | None) 
     assert bool(started) == (folder is not None)
 
 
+def test_a_death_in_an_evaluation_leaves_the_microbatch_alone() -> None:
+    stored = {attributes.MICROBATCH_SIZE: 16, attributes.EVALUATION_TRIED: 256}
+    attempt = Attempt.read(1, after_death(0, stored, signal="SIGKILL"), folder=None)
+    assert attempt.most(16) == 16
+    assert attempt.failed_sizes(fits=8) == []
+    assert attempt.most_evaluated(None, microbatch_size=16) == 32
+    assert attempt.most_evaluated(None, microbatch_size=100) == 128
+    assert attempt.most_evaluated(8, microbatch_size=100) == 8
+
+
+def test_what_killed_in_training_and_in_an_evaluation_are_both_kept() -> None:
+    stored = after_death(0, {attributes.MICROBATCH_SIZE: 16}, signal="SIGKILL")
+    stored |= {attributes.MICROBATCH_SIZE: 8, attributes.EVALUATION_TRIED: 64}
+    stored = after_death(1, stored, signal="SIGKILL")
+    attempt = Attempt.read(2, stored, folder=None)
+    assert attempt.most(16) == 8
+    assert attempt.most_evaluated(None, microbatch_size=8) == 16
+    last = Attempt.read(3, after_death(2, stored, signal="SIGKILL"), folder=None)
+    assert last.hopeless is not None
+    assert last.hopeless.endswith(
+        "last by SIGKILL with microbatch_size=16 and evaluating in pieces of 64"
+    )
+
+
+def test_between_evaluations_a_death_was_in_training() -> None:
+    stored = {attributes.MICROBATCH_SIZE: 16, attributes.EVALUATION_TRIED: 0}
+    attempt = Attempt.read(1, after_death(0, stored, signal="SIGKILL"), folder=None)
+    assert (attempt.most(16), attempt.most_evaluated(64, microbatch_size=8)) == (8, 64)
+
+
 def test_what_is_queued_again_as_it_was_keeps_its_count_but_no_file() -> None:
     stored = after_death(
         0, {attributes.MICROBATCH_SIZE: 16, attributes.CHECKPOINT: "a.pt"}, signal="SIGKILL"
