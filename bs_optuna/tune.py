@@ -84,9 +84,9 @@ def _tune(arguments: list[str], terminations: list[int]) -> int:
     if show_config:
         print(config.as_toml())
         return 0
+    _prepare_process(config, arguments)
     if dry_run:
         return _dry_run(config)
-    _prepare_process(config, arguments)
     with _sigterm_as_ctrl_c(terminations):
         return _run(config, arguments, verbosity)
 

@@ -1,4 +1,4 @@
-"""What a study would need of memory, batch size by batch size, as a table; nothing is trained."""
+"""What a study would need of memory, batch size by batch size, as a table; nothing is stored."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from bs_optuna.config import StudyConfig
 from bs_optuna.errors import ConfigError
 from bs_optuna.science.accumulation import AccumulationPlan
 from bs_optuna.study.device import device_named
-from bs_optuna.training.memory_probe import MemoryProbe
 from bs_optuna.training.objective import default_device
+from bs_optuna.training.predicted_memory import PredictedMemory
+from bs_optuna.training.random_states import private_random_state
 from bs_optuna.training.starting_sizes import as_limited
 from bs_optuna.training.starting_sizes import available_bytes
 from bs_optuna.training.task import TrainingTask
@@ -38,18 +39,24 @@ class Forecast:
 def forecast(config: StudyConfig, task: TrainingTask) -> Table:
     """The table of the powers of two in the range of batch sizes, and of its ends.
 
+    Where there is a limit, or a GPU, it is what a study would begin with, found as it would find
+    it: a few real steps may be taken, of models that are thrown away.
+
     Raises:
-        UntraceableError: The task cannot be followed without running it.
+        UntraceableError: The task cannot be followed without running it, nor measured.
         ConfigError: A device that is not there, or one that does not tell its memory.
     """
     if config.optimizer is not None:
         task = replace(task, optimizer=config.optimizer)
     device = device_named(config.device) or default_device()
     memory = _memory(device, config.memory_limit)
-    with as_limited(device, config.memory_limit):
-        rows = _forecasts(config, task, device, memory)
+    predicted = PredictedMemory(task, device=device)
+    with as_limited(device, config.memory_limit), private_random_state(device):
+        measure = available_bytes(device, config.memory_limit) is not None
+        rows = _forecasts(config, predicted, memory, measure=measure)
     kind = "limit" if config.memory_limit is not None else "memory"
-    title = f"Predicted memory of {task.name} on {device}, {kind} {_mib(memory)}"
+    how = "Measured" if predicted.measured else "Predicted"
+    title = f"{how} memory of {task.name} on {device}, {kind} {_mib(memory)}"
     if task.longest is not None:
         title += ", all samples as long as the longest"
     table = Table(title=title, title_justify="left")
@@ -63,18 +70,18 @@ def forecast(config: StudyConfig, task: TrainingTask) -> Table:
 
 
 def _forecasts(
-    config: StudyConfig, task: TrainingTask, device: torch.device, memory: int
+    config: StudyConfig, predicted: PredictedMemory, memory: int, *, measure: bool
 ) -> list[Forecast]:
     low, high = config.batch_size
     powers = {2**n for n in range(low.bit_length(), high.bit_length())}
-    probe = MemoryProbe(task, device=device)
     found = []
     for batch_size in sorted({low, *powers, high}, reverse=True):  # each narrows the next search
-        most = probe.largest_fitting(memory, batch_size=batch_size)
+        sizes = predicted.largest_fitting(memory, batch_size=batch_size, measure=measure)
+        most = batch_size if sizes.microbatch is None else sizes.microbatch
         if isinstance(config.microbatch_size, int):  # which one is the fastest only a run can tell
             most = min(most, config.microbatch_size)
         plan = AccumulationPlan(batch_size, max(1, most))
-        peak = probe.peak_bytes(plan.microbatch_size, batch_size=batch_size)
+        peak = predicted.peak_bytes(plan.microbatch_size, batch_size=batch_size)
         found.append(Forecast(plan, peak, peak <= memory))
     return found[::-1]
 

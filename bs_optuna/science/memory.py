@@ -6,8 +6,10 @@ Whether a microbatch fits is monotone in its size, so two numbers hold all that 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bs_optuna.science.accumulation import AccumulationPlan
@@ -196,3 +198,22 @@ def largest_from_below(
             return 1
         size, below, below_bytes = min(2 * size, most), size, peak
     return None
+
+
+def on_the_line(size: int, peak_bytes: Mapping[int, float]) -> float:
+    """The peak of a size from those of others: on the line through the two next to it.
+
+    Beyond the largest of them that is the line through the last two; below the smallest, or where
+    there is but one, its peak is given.
+
+    Args:
+        size: Any size.
+        peak_bytes: At least one size with its peak.
+    """
+    sizes = sorted(peak_bytes)
+    if size <= sizes[0] or len(sizes) == 1:
+        return peak_bytes[sizes[0]]
+    k = min(bisect_left(sizes, size), len(sizes) - 1)
+    low, high = sizes[k - 1], sizes[k]
+    slope = (peak_bytes[high] - peak_bytes[low]) / (high - low)
+    return peak_bytes[high] + (size - high) * slope

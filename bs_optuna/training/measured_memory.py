@@ -10,6 +10,7 @@ import torch
 
 from bs_optuna.errors import BsOptunaError
 from bs_optuna.science.memory import largest_from_below as search
+from bs_optuna.science.memory import on_the_line
 from bs_optuna.training.budget import Budget
 from bs_optuna.training.data import bytes_per_sample
 from bs_optuna.training.data import first_samples
@@ -75,11 +76,28 @@ class MeasuredMemory:
             most=batch_size,
         )
 
+    def expected_bytes(self, microbatch_size: int, *, batch_size: int) -> int:
+        """The peak of any size, on the line through those next to it that were measured.
+
+        Something must have been measured. Below the smallest size that was, its peak is given.
+        """
+        peaks = {
+            size: peak
+            for size in self._peaks
+            if (peak := self.peak_bytes(size, batch_size=batch_size)) is not None
+        }
+        return round(on_the_line(microbatch_size, peaks))
+
     def _measured(self, size: int) -> int | None:
         if self._task.longest is not None:
             return None  # the next batch may hold longer ones
         if self._device.type == "cpu" and not is_prepared():
             return None  # what the heap has kept from before would be used again
+        if not self._peaks:
+            self._peak_of_steps(FEWEST_SAMPLES)  # what is set up for the first time does not count
+        return self._peak_of_steps(size)
+
+    def _peak_of_steps(self, size: int) -> int | None:
         settings = RunSettings(
             batch_size=2 * size,  # the second microbatch finds gradients, as all but the first do
             microbatch_size=size,

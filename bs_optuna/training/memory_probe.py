@@ -136,9 +136,9 @@ class MemoryProbe:
                 "operations, which would take minutes to follow; run it to see what fits."
             ) from None
         except Exception as error:
-            reason = (str(error).splitlines() or ["no reason given"])[0]
+            reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(". ")
             raise UntraceableError(
-                f"Memory cannot be predicted: {type(error).__name__}: {reason} The training needs "
+                f"Memory cannot be predicted: {type(error).__name__}: {reason}. The training needs "
                 "values, or what has no fake counterpart; run it to see what fits."
             ) from error
 

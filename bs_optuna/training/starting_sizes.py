@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from bs_optuna.errors import UntraceableError
 from bs_optuna.science.memory import MicrobatchBounds
 from bs_optuna.training.limit import MemoryLimit
-from bs_optuna.training.loop import SMALLEST_EVALUATION_BATCH
-from bs_optuna.training.measured_memory import MeasuredMemory
-from bs_optuna.training.memory_probe import MemoryProbe
-from bs_optuna.training.memory_probe import usable_bytes
-from bs_optuna.training.oom import release
+from bs_optuna.training.predicted_memory import FittingSizes
+from bs_optuna.training.predicted_memory import PredictedMemory
 from bs_optuna.training.task import TrainingTask
-from bs_optuna.training.throughput import FEWEST_SAMPLES
 from bs_optuna.training.throughput import Throughput
 from bs_optuna.training.throughput import measure_throughput
-
-
-_logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FittingSizes:
-    """What is predicted to fit; 0 where a single sample does not, None where nothing is known.
-
-    Attributes:
-        microbatch: Samples in a microbatch of training.
-        evaluation: Samples in a piece of an evaluation.
-    """
-
-    microbatch: int | None = None
-    evaluation: int | None = None
 
 
 class StartingSizes:
@@ -61,9 +37,7 @@ class StartingSizes:
         self._limit = limit
         self._batch_size = batch_size
         self._predicted: dict[int, FittingSizes] = {}
-        self._probe: MemoryProbe | None = None
-        self._untraceable = False
-        self._real_steps = MeasuredMemory(task, device=device)
+        self._memory = PredictedMemory(task, device=device)
         self.measured: Throughput | None = None
 
     def predicted(self, batch_size: int) -> FittingSizes:
@@ -78,9 +52,7 @@ class StartingSizes:
 
         Args:
             batch_size: Samples per optimizer step.
-            measure: Whether real steps may be taken where a task cannot be traced, or to see
-                whether they take more than was traced. Where some were taken for another batch
-                size they are for all.
+            measure: Whether real steps may be taken for it, see `PredictedMemory`.
 
         Returns:
             Whether that was done now and took its time; False if it was known already.
@@ -92,70 +64,14 @@ class StartingSizes:
         found = FittingSizes()
         if available is not None:
             with as_limited(self._device, self._limit.limit_bytes):
-                found = self._traced(max(up_to, batch_size), available)
-                if measure or self._real_steps.begun:
-                    found = self._checked(found, max(up_to, batch_size), available)
+                found = self._memory.largest_fitting(
+                    available, batch_size=max(up_to, batch_size), measure=measure
+                )
         self._predicted[up_to] = found
         return True
 
     def _up_to(self, batch_size: int) -> int:
         return min(1 << (batch_size - 1).bit_length(), self._batch_size)
-
-    def _checked(self, traced: FittingSizes, batch_size: int, available: int) -> FittingSizes:
-        size = traced.microbatch
-        if size is not None and not self._contradicted(size, batch_size, available):
-            return traced
-        usable = usable_bytes(available)
-        measured = self._real_steps.largest_fitting(usable, batch_size=batch_size)
-        if measured is None or measured == batch_size:
-            return FittingSizes(size if measured is None else measured, traced.evaluation)
-        # Without gradients twice as much fits as a rule.
-        return FittingSizes(measured, min(traced.evaluation or 2 * measured, 2 * measured))
-
-    def _contradicted(self, size: int, batch_size: int, available: int) -> bool:
-        """Whether a real step of half a size shows that the whole of it does not fit.
-
-        One is taken if more than half of what there is would be needed. A half that cannot be
-        traced says that the rest is not to be trusted either.
-        """
-        assert self._probe is not None
-        traced = partial(self._probe.peak_bytes, batch_size=batch_size)
-        half = size // 2
-        if half < FEWEST_SAMPLES or 2 * traced(size) <= available:
-            return False
-        measured = self._real_steps.peak_bytes(half, batch_size=batch_size)
-        if measured is None:
-            return False
-        try:
-            expected = traced(half)
-        except UntraceableError as error:
-            _logger.info("%s", error)
-            release(error)
-            return True
-        # Of twice the size twice as much is not seen.
-        if 2 * (measured - expected) <= available - usable_bytes(available):
-            return False
-        _logger.info(
-            "A step with microbatch_size=%d takes %d bytes, not %d as predicted: memory is "
-            "measured.", half, measured, expected
-        )  # fmt: skip
-        return True
-
-    def _traced(self, batch_size: int, available: int) -> FittingSizes:
-        if self._untraceable:
-            return FittingSizes()
-        microbatch: int | None = None
-        most = max(2 * batch_size, SMALLEST_EVALUATION_BATCH)
-        try:
-            self._probe = self._probe or MemoryProbe(self._task, device=self._device)
-            microbatch = self._probe.largest_fitting(available, batch_size=batch_size)
-            evaluation = self._probe.largest_evaluation(available, batch_size=batch_size, most=most)
-            return FittingSizes(microbatch, evaluation)
-        except UntraceableError as error:
-            _logger.info("%s", error)
-            release(error)  # what it holds would count in what is followed next
-            self._untraceable = self._probe is None
-            return FittingSizes(microbatch)
 
     def searched(self, batch_size: int) -> bool:
         """Whether what fits can only be found by running out of memory."""

@@ -1,15 +1,15 @@
-"""The table of a dry run says what each batch size would need; nothing is trained or stored."""
+"""The table of a dry run says what each batch size would need; nothing is stored."""
 
 from __future__ import annotations
 
-import os
-import subprocess
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from children import run_python
 from rich.console import Console
 from torch import nn
 
@@ -91,18 +91,74 @@ def test_a_device_of_unknown_memory_asks_for_a_limit(monkeypatch: pytest.MonkeyP
 
 
 def test_a_dry_run_prints_the_table_and_leaves_nothing(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "bs_optuna.tune", str(WIDE_TASK), "--memory-limit", "12MiB",
-         "--device", "cpu", "--dry-run"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )  # fmt: skip
+    run = run_python(
+        *("-m", "bs_optuna.tune", str(WIDE_TASK), "--memory-limit", "12MiB"),
+        *("--device", "cpu", "--dry-run"),
+        folder=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr
     assert "Predicted memory of wide on cpu, limit 12.0 MiB" in run.stdout
     assert run.stdout.count("yes") == 6
     assert not list(tmp_path.iterdir())
+
+
+UNTOLD = """
+import torch
+from torch import nn
+from bs_optuna.training import TrainingTask
+
+class Upsampled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 16, 3)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        images = self.convolution(x)
+        images = nn.functional.interpolate(images, scale_factor=2, mode="bilinear")
+        return self.head(images.mean((2, 3)))
+
+def looks(outputs, targets):
+    loss = nn.functional.cross_entropy(outputs, targets)
+    return loss if loss.item() > 0 else -loss
+
+def wide():
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, 16384), nn.ReLU(), nn.Linear(16384, 10))
+
+def make(model, loss):
+    data = torch.randn(512, 1, 16, 16), torch.zeros(512, dtype=torch.long)
+    return TrainingTask(
+        name="untold", model=model, train_data=data, valid_data=data, loss=loss, optimizer="sgd"
+    )
+
+def inside():
+    return make(Upsampled, nn.functional.cross_entropy)
+
+def untraceable():
+    return make(wide, looks)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel enforces it on Linux only")
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "limit"), [("inside", "20MiB"), ("untraceable", "90MiB")])
+def test_what_fake_tensors_do_not_tell_is_measured_as_a_study_does(
+    task: str, limit: str, tmp_path: Path
+) -> None:
+    (tmp_path / "untold.py").write_text(UNTOLD, encoding="utf-8")
+    command = ("-m", "bs_optuna.tune", f"untold.py:{task}", "--memory-limit", limit)
+    command += ("--device", "cpu", "--batch-size", "512:512")
+    dry = run_python(*command, "--dry-run", folder=tmp_path)
+    assert "Measured memory of untold on cpu" in dry.stdout, dry.stderr
+    promised = re.search(r"512 │ +(\d+) │ +(\d+) │.*yes", dry.stdout)
+    assert promised is not None, dry.stdout
+    assert 16 < int(promised[1]) < 256
+    run = run_python(*command, "--trials", "1", "--budget", "steps=2", folder=tmp_path)
+    used = re.search(r"^trial 0: .* microbatch (\d+) x (\d+),", run.stdout, re.M)
+    assert used is not None, run.stdout + run.stderr
+    # Measured in another process, to some pages.
+    assert int(used[1]) == pytest.approx(int(promised[1]), rel=0.05)
+    assert "0 backed off to smaller microbatches" in run.stdout
 
 
 def test_samples_that_vary_are_said_to_be_taken_for_the_longest() -> None:

@@ -15,6 +15,7 @@ from bs_optuna.science.memory import beside
 from bs_optuna.science.memory import close
 from bs_optuna.science.memory import largest_fitting
 from bs_optuna.science.memory import largest_from_below
+from bs_optuna.science.memory import on_the_line
 
 
 SIZES = st.integers(1, 5000)
@@ -243,3 +244,26 @@ def test_from_below_what_has_no_peak_says_nothing() -> None:
     some = {2: 20.0, 4: 40.0}
     assert largest_from_below(some.get, 1000, least=2, most=64) is None
     assert largest_from_below(some.get, 70, least=2, most=64) == 7
+
+
+@given(
+    st.lists(st.integers(1, 4096), min_size=2, unique=True),
+    st.integers(0, 10**9),
+    st.integers(0, 10**7),
+    st.integers(1, 8192),
+)
+def test_on_the_line_an_affine_peak_is_met(
+    sizes: list[int], base: int, slope: int, size: int
+) -> None:
+    peaks = {known: base + slope * known for known in sizes}
+    expected = base + slope * max(size, min(sizes))
+    assert on_the_line(size, peaks) == pytest.approx(expected, rel=1e-9)
+
+
+@given(st.dictionaries(st.integers(1, 4096), st.integers(0, 10**9), min_size=1))
+def test_on_the_line_what_was_measured_stays(peaks: dict[int, float]) -> None:
+    assert all(on_the_line(size, peaks) == pytest.approx(peaks[size]) for size in peaks)
+
+
+def test_on_the_line_a_single_size_stands_for_all() -> None:
+    assert on_the_line(1, {2: 7.0}) == on_the_line(9, {2: 7.0}) == 7.0

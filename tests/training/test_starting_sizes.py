@@ -21,7 +21,7 @@ from bs_optuna.training import TrainingTask
 from bs_optuna.training import measured_memory
 from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.limit import NoLimit
-from bs_optuna.training.starting_sizes import FittingSizes
+from bs_optuna.training.predicted_memory import FittingSizes
 from bs_optuna.training.starting_sizes import StartingSizes
 
 

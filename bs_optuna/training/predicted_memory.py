@@ -1,0 +1,144 @@
+"""The largest sizes that fit: predicted on fake tensors, checked and mended by a few real steps."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from bs_optuna.errors import UntraceableError
+from bs_optuna.training.loop import SMALLEST_EVALUATION_BATCH
+from bs_optuna.training.measured_memory import MeasuredMemory
+from bs_optuna.training.memory_probe import MemoryProbe
+from bs_optuna.training.memory_probe import usable_bytes
+from bs_optuna.training.oom import release
+from bs_optuna.training.task import TrainingTask
+from bs_optuna.training.throughput import FEWEST_SAMPLES
+
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FittingSizes:
+    """What is predicted to fit; 0 where a single sample does not, None where nothing is known.
+
+    Attributes:
+        microbatch: Samples in a microbatch of training.
+        evaluation: Samples in a piece of an evaluation.
+    """
+
+    microbatch: int | None = None
+    evaluation: int | None = None
+
+
+class PredictedMemory:
+    """What a task's training takes of memory, before it is trained.
+
+    Args:
+        task: What would be trained.
+        device: Where it would be trained.
+
+    Attributes:
+        untraceable: Why nothing can be followed on fake tensors, if that is so.
+        measured: Whether it is real steps that predict, not fake tensors.
+    """
+
+    def __init__(self, task: TrainingTask, *, device: torch.device) -> None:
+        self._task = task
+        self._device = device
+        self._probe: MemoryProbe | None = None
+        self._real_steps = MeasuredMemory(task, device=device)
+        self.untraceable: UntraceableError | None = None
+        self.measured = False
+
+    def largest_fitting(
+        self, available_bytes: int, *, batch_size: int, measure: bool
+    ) -> FittingSizes:
+        """The largest sizes that are predicted to fit.
+
+        Args:
+            available_bytes: What there is.
+            batch_size: Samples per optimizer step; the batch takes memory too.
+            measure: Whether real steps may be taken where a task cannot be traced, or to see
+                whether they take more than was traced. Where some were taken for another batch
+                size they are for all.
+        """
+        traced = self._traced(available_bytes, batch_size)
+        if not measure and not self._real_steps.begun:
+            return traced
+        size = traced.microbatch
+        if size is not None and not self._contradicted(size, batch_size, available_bytes):
+            return traced
+        usable = usable_bytes(available_bytes)
+        measured = self._real_steps.largest_fitting(usable, batch_size=batch_size)
+        if measured is None:
+            return traced
+        self.measured = True
+        if measured == batch_size:
+            return FittingSizes(measured, traced.evaluation)
+        # Without gradients twice as much fits as a rule.
+        return FittingSizes(measured, min(traced.evaluation or 2 * measured, 2 * measured))
+
+    def peak_bytes(self, microbatch_size: int, *, batch_size: int) -> int:
+        """Most bytes held at a time while a batch is trained on in microbatches of a size.
+
+        Raises:
+            UntraceableError: It can neither be traced nor was it measured.
+        """
+        if self.measured:
+            return self._real_steps.expected_bytes(microbatch_size, batch_size=batch_size)
+        if self._probe is None:
+            assert self.untraceable is not None
+            raise self.untraceable
+        return self._probe.peak_bytes(microbatch_size, batch_size=batch_size)
+
+    def _traced(self, available_bytes: int, batch_size: int) -> FittingSizes:
+        if self.untraceable is not None:
+            return FittingSizes()
+        microbatch: int | None = None
+        most = max(2 * batch_size, SMALLEST_EVALUATION_BATCH)
+        try:
+            self._probe = self._probe or MemoryProbe(self._task, device=self._device)
+            microbatch = self._probe.largest_fitting(available_bytes, batch_size=batch_size)
+            evaluation = self._probe.largest_evaluation(
+                available_bytes, batch_size=batch_size, most=most
+            )
+            return FittingSizes(microbatch, evaluation)
+        except UntraceableError as error:
+            _logger.info("%s", error)
+            release(error)  # what it holds would count in what is followed next
+            if self._probe is None:
+                self.untraceable = error
+            return FittingSizes(microbatch)
+
+    def _contradicted(self, size: int, batch_size: int, available_bytes: int) -> bool:
+        """Whether a real step of half a size shows that the whole of it does not fit.
+
+        One is taken if more than half of what there is would be needed. A half that cannot be
+        traced says that the rest is not to be trusted either.
+        """
+        assert self._probe is not None
+        traced = partial(self._probe.peak_bytes, batch_size=batch_size)
+        half = size // 2
+        if half < FEWEST_SAMPLES or 2 * traced(size) <= available_bytes:
+            return False
+        measured = self._real_steps.peak_bytes(half, batch_size=batch_size)
+        if measured is None:
+            return False
+        try:
+            expected = traced(half)
+        except UntraceableError as error:
+            _logger.info("%s", error)
+            release(error)
+            return True
+        # Of twice the size twice as much is not seen.
+        if 2 * (measured - expected) <= available_bytes - usable_bytes(available_bytes):
+            return False
+        _logger.info(
+            "A step with microbatch_size=%d takes %d bytes, not %d as predicted: memory is "
+            "measured.", half, measured, expected
+        )  # fmt: skip
+        return True
