@@ -39,11 +39,17 @@ class KnownSizes:
         microbatch: What fits in training, and what does not.
         evaluation: Samples in a piece of an evaluation that fits where a larger one did not.
         claims: What is being tried in training.
+        deaths: Whether a worker was killed, in any trial of the study.
     """
 
     microbatch: MicrobatchBounds
     evaluation: int | None
     claims: tuple[Claim, ...] = ()
+    deaths: bool = False
+
+    def leaves_open(self, batch_size: int) -> bool:
+        """Whether a batch of a size, as a whole, has neither fitted nor is known not to."""
+        return self.microbatch.fails is None and self.microbatch.fits < batch_size
 
 
 def learned(
@@ -68,7 +74,9 @@ def learned(
     }
 
 
-def known_sizes(trials: Iterable[FrozenTrial], memory_key: str, *, batch_size: int) -> KnownSizes:
+def known_sizes(
+    trials: Sequence[FrozenTrial], memory_key: str, *, batch_size: int, predicted: bool = False
+) -> KnownSizes:
     """What trials know together; those of another key know nothing.
 
     Args:
@@ -76,14 +84,17 @@ def known_sizes(trials: Iterable[FrozenTrial], memory_key: str, *, batch_size: i
         memory_key: Of the task and device.
         batch_size: Samples per optimizer step. A larger batch that did not fit even sample by
             sample says nothing of it: the batch itself takes memory, and so do sparse gradients.
+        predicted: Whether it is predicted what fits beside that batch. Then what has fitted beside
+            one of less than half its size does not count: it may be too much.
     """
     alike = [trial for trial in trials if trial.user_attrs.get(attributes.MEMORY_KEY) == memory_key]
-    bounds = [_said_of(batch_size, trial) for trial in alike]
+    bounds = [_said_of(batch_size, trial, predicted=predicted) for trial in alike]
     pieces = (trial.user_attrs.get(attributes.EVALUATION_FITS) for trial in alike)
     return KnownSizes(
         MicrobatchBounds.merged(bounds),
         min((size for size in pieces if size is not None), default=None),
         tuple(_claims(alike)),
+        any(attributes.KILLED_BY in trial.user_attrs for trial in trials),
     )
 
 
@@ -96,10 +107,14 @@ def _claims(trials: Iterable[FrozenTrial]) -> Iterator[Claim]:
                 yield Claim(trial.number, size)
 
 
-def _said_of(batch_size: int, trial: FrozenTrial) -> MicrobatchBounds:
+def _said_of(batch_size: int, trial: FrozenTrial, *, predicted: bool) -> MicrobatchBounds:
     bounds = _bounds(trial.user_attrs)
-    larger = trial.params.get("batch_size", 0) > batch_size
-    return replace(bounds, fails=None) if bounds.hopeless and larger else bounds
+    other = trial.params.get("batch_size", batch_size)
+    if bounds.hopeless and other > batch_size:
+        return replace(bounds, fails=None)
+    if predicted and 2 * other < batch_size:
+        return replace(bounds, fits=0)
+    return bounds
 
 
 def _bounds(stored: Mapping[str, Any]) -> MicrobatchBounds:

@@ -18,7 +18,6 @@ from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.errors import ThrashingError
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import mark_memory
-from bs_optuna.science.memory import MicrobatchBounds
 from bs_optuna.training.attempt import Attempt
 from bs_optuna.training.budget import Budget
 from bs_optuna.training.known_sizes import Claim
@@ -154,7 +153,7 @@ class TrainingObjective:
             old=frozenset(self._old_claims),
         )
         attempt = Attempt.read(trial.number, trial.user_attrs, folder=self._checkpoints)
-        known = self._known(trial.study, batch_size, measure=attempt.number == 1)
+        known = self._known(trial.study, batch_size, measure=True)
         seed = self.seed + attempt.first
         run = self._run(batch_size, learning_rate, seed, known, attempt, search, tell)
         tell(attempt.started(microbatch_size=run.microbatch_size))
@@ -286,9 +285,10 @@ class TrainingObjective:
 
     def _known(self, study: optuna.Study, batch_size: int, *, measure: bool = False) -> KnownSizes:
         known = self._said(study, batch_size)
-        # Where something is known no step is taken only to be measured: that may kill a worker too,
-        # whose trial then goes on without.
-        measure = measure and known.microbatch == MicrobatchBounds()
+        # A step that is taken only to be measured may kill a worker too; the study then goes on
+        # without.
+        up_to = self._starting_sizes.up_to(batch_size)
+        measure = measure and known.leaves_open(up_to) and not known.deaths
         with private_random_state(self.device):
             if self._starting_sizes.predict(batch_size, measure=measure):
                 known = self._said(study, batch_size)  # by others in the meantime
@@ -296,7 +296,8 @@ class TrainingObjective:
 
     def _said(self, study: optuna.Study, batch_size: int) -> KnownSizes:
         trials = study.get_trials(deepcopy=False)
-        return known_sizes(trials, self._memory_key, batch_size=batch_size)
+        predicted = self._starting_sizes.predicted(batch_size).microbatch is not None
+        return known_sizes(trials, self._memory_key, batch_size=batch_size, predicted=predicted)
 
 
 def _set(trial: optuna.Trial, stored: Mapping[str, object]) -> None:

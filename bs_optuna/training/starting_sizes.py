@@ -42,7 +42,7 @@ class StartingSizes:
 
     def predicted(self, batch_size: int) -> FittingSizes:
         """What fits beside a batch of a size, as `predict` has found; nothing is known before."""
-        return self._predicted.get(self._up_to(batch_size), FittingSizes())
+        return self._predicted.get(self.up_to(batch_size), FittingSizes())
 
     def predict(self, batch_size: int, *, measure: bool) -> bool:
         """Finds out what fits beside a batch of a size, which takes memory too.
@@ -57,7 +57,7 @@ class StartingSizes:
         Returns:
             Whether that was done now and took its time; False if it was known already.
         """
-        up_to = self._up_to(batch_size)
+        up_to = self.up_to(batch_size)
         if up_to in self._predicted:
             return False
         available = available_bytes(self._device, self._limit.limit_bytes)
@@ -70,7 +70,8 @@ class StartingSizes:
         self._predicted[up_to] = found
         return True
 
-    def _up_to(self, batch_size: int) -> int:
+    def up_to(self, batch_size: int) -> int:
+        """The largest batch size that is predicted together with a given one."""
         return min(1 << (batch_size - 1).bit_length(), self._batch_size)
 
     def searched(self, batch_size: int) -> bool:

@@ -93,6 +93,20 @@ def test_two_workers_search_for_what_fits_once(
     assert min(late) > best / 2
 
 
+def test_a_command_that_goes_on_with_a_study_measures_too(tmp_path: Path) -> None:
+    """What fits is known, but not how much more would."""
+    write_task(tmp_path)
+    arguments = ("--memory-limit", "40MiB", "--batch-size", "16:512")
+    for count in (1, 3):  # the first trial is in the middle of the range
+        assert start(tmp_path, *arguments, "--trials", str(count)).wait(timeout=300) == 0
+    storage = f"sqlite:///{tmp_path}/studies/wide.db"
+    study = optuna.load_study(study_name="wide", storage=storage)
+    study.enqueue_trial({"batch_size": 512, "lr": 1e-3})
+    assert start(tmp_path, *arguments, "--trials", "5").wait(timeout=300) == 0
+    found = trials(tmp_path)
+    assert not any(t.user_attrs.get(attributes.OOM_ATTEMPTS) for t in found)
+
+
 def test_a_claim_of_a_killed_worker_does_not_bind_the_others(tmp_path: Path) -> None:
     # In the first step: not in the rehearsal, of two samples, nor in a prediction on fake tensors.
     dies = "self.training and len(x) > 2 and type(x) is torch.Tensor"

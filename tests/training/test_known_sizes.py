@@ -51,6 +51,29 @@ def test_a_batch_that_does_not_fit_by_single_samples_says_so_of_larger_ones_alon
         assert known.start(batch_size) == batch_size
 
 
+def test_a_batch_stays_open_until_it_has_fitted_or_something_has_failed() -> None:
+    known = known_sizes([trial(256, 128, None)], KEY, batch_size=256)
+    assert not known.leaves_open(128)
+    assert known.leaves_open(129)
+    assert not known_sizes([trial(256, 64, 128)], KEY, batch_size=256).leaves_open(256)
+    assert known_sizes([], KEY, batch_size=256).leaves_open(1)
+
+
+def test_where_it_is_predicted_what_fitted_beside_much_smaller_batches_says_nothing() -> None:
+    trials = [trial(64, 32, None), trial(128, 24, None), trial(64, 8, 40)]
+    for batch_size, fits in ((64, 32), (128, 32), (256, 24), (512, 0)):
+        known = known_sizes(trials, KEY, batch_size=batch_size, predicted=True).microbatch
+        assert known == MicrobatchBounds(fits, 40)
+        known = known_sizes(trials, KEY, batch_size=batch_size).microbatch
+        assert known == MicrobatchBounds(32, 40)
+
+
+def test_a_death_in_any_trial_is_known() -> None:
+    died = optuna.create_trial(value=1.0, user_attrs={attributes.KILLED_BY: "SIGKILL"})
+    assert known_sizes([trial(256, 64, 128), died], KEY, batch_size=256).deaths
+    assert not known_sizes([trial(256, 64, 128)], KEY, batch_size=256).deaths
+
+
 def test_what_failed_beside_larger_batches_with_more_than_one_sample_counts() -> None:
     known = known_sizes([trial(512, 8, 16)], KEY, batch_size=64).microbatch
     assert known == MicrobatchBounds(8, 16)
