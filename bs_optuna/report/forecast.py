@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from dataclasses import replace
@@ -13,9 +14,11 @@ from bs_optuna.config import StudyConfig
 from bs_optuna.errors import ConfigError
 from bs_optuna.science.accumulation import AccumulationPlan
 from bs_optuna.study.device import device_named
+from bs_optuna.training.limit_environment import is_prepared
+from bs_optuna.training.memory_limit import memory_limit
 from bs_optuna.training.objective import default_device
 from bs_optuna.training.predicted_memory import PredictedMemory
-from bs_optuna.training.random_states import private_random_state
+from bs_optuna.training.random_states import kept_random_states
 from bs_optuna.training.starting_sizes import as_limited
 from bs_optuna.training.starting_sizes import available_bytes
 from bs_optuna.training.task import TrainingTask
@@ -32,7 +35,7 @@ class Forecast:
     """
 
     plan: AccumulationPlan
-    peak_bytes: int
+    peak_bytes: float
     fits: bool
 
 
@@ -50,9 +53,10 @@ def forecast(config: StudyConfig, task: TrainingTask) -> Table:
         task = replace(task, optimizer=config.optimizer)
     device = device_named(config.device) or default_device()
     memory = _memory(device, config.memory_limit)
-    predicted = PredictedMemory(task, device=device)
-    with as_limited(device, config.memory_limit), private_random_state(device):
-        measure = available_bytes(device, config.memory_limit) is not None
+    measure = _can_measure(device, config.memory_limit)
+    limit = memory_limit(device, config.memory_limit if measure else None)
+    predicted = PredictedMemory(task, device=device, limit=limit)
+    with as_limited(device, config.memory_limit), kept_random_states(device):
         rows = _forecasts(config, predicted, memory, measure=measure)
     kind = "limit" if config.memory_limit is not None else "memory"
     how = "Measured" if predicted.measured else "Predicted"
@@ -76,14 +80,22 @@ def _forecasts(
     powers = {2**n for n in range(low.bit_length(), high.bit_length())}
     found = []
     for batch_size in sorted({low, *powers, high}, reverse=True):  # each narrows the next search
-        sizes = predicted.largest_fitting(memory, batch_size=batch_size, measure=measure)
-        most = batch_size if sizes.microbatch is None else sizes.microbatch
+        most = batch_size
         if isinstance(config.microbatch_size, int):  # which one is the fastest only a run can tell
             most = min(most, config.microbatch_size)
+        sizes = predicted.largest_fitting(memory, batch_size=batch_size, most=most, measure=measure)
+        most = most if sizes.microbatch is None else sizes.microbatch
         plan = AccumulationPlan(batch_size, max(1, most))
         peak = predicted.peak_bytes(plan.microbatch_size, batch_size=batch_size)
         found.append(Forecast(plan, peak, peak <= memory))
     return found[::-1]
+
+
+def _can_measure(device: torch.device, limit_bytes: int | None) -> bool:
+    """Whether a study would take real steps to see what fits, and this machine has the memory."""
+    if device.type == "cpu" and limit_bytes is not None:
+        return is_prepared() and limit_bytes <= _memory(device, None)
+    return available_bytes(device, limit_bytes) is not None
 
 
 def _memory(device: torch.device, limit_bytes: int | None) -> int:
@@ -100,5 +112,5 @@ def _memory(device: torch.device, limit_bytes: int | None) -> int:
     )
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+def _mib(size: float) -> str:
+    return "more" if size == math.inf else f"{size / 2**20:,.1f} MiB"

@@ -177,7 +177,8 @@ def largest_from_below(
     drawn on, and believed up to twice the larger one; if the limit lies beyond, that is asked next.
 
     Args:
-        peak_bytes: Peak memory of a size, not decreasing; None where it cannot be found out.
+        peak_bytes: Peak memory of a size, not decreasing, infinity where it is only known to be too
+            much; None where it cannot be found out.
         limit_bytes: What should not be exceeded.
         least: The size to begin with.
         most: The largest size of interest, at least ``least``.
@@ -189,6 +190,8 @@ def largest_from_below(
     while (peak := peak_bytes(size)) is not None:
         if size == most and peak <= limit_bytes:
             return size
+        if peak == math.inf:
+            return max(1, below)
         if below:
             slope = max(1.0, (peak - below_bytes) / (size - below))
             found = size + math.floor((limit_bytes - peak) / slope)

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import gc
+import logging
+import math
+import warnings
 from functools import cached_property
 from functools import partial
+from typing import Any
 
 import torch
 
-from bs_optuna.errors import BsOptunaError
 from bs_optuna.science.memory import largest_from_below as search
 from bs_optuna.science.memory import on_the_line
-from bs_optuna.training.budget import Budget
+from bs_optuna.training.batches import batch_length
+from bs_optuna.training.batches import take
 from bs_optuna.training.data import bytes_per_sample
 from bs_optuna.training.data import first_samples
+from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.limit_environment import is_prepared
-from bs_optuna.training.loop import TrainingRun
-from bs_optuna.training.memory_limit import memory_limit
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import release
-from bs_optuna.training.run_settings import RunSettings
+from bs_optuna.training.peak_memory import PeakMemory
 from bs_optuna.training.task import TrainingTask
-from bs_optuna.training.throughput import FEWEST_SAMPLES
-from bs_optuna.training.throughput import LEARNING_RATE
+from bs_optuna.training.throw_away import FEWEST_SAMPLES
+from bs_optuna.training.throw_away import ThrowAwayTraining
 
 
-# The first step makes the optimizer's state, and the second finds it.
-STEPS = 2
+_logger = logging.getLogger(__name__)
 
 
 class MeasuredMemory:
-    """Trains throw-away models for two steps each, and sees how much memory that takes.
+    """Trains throw-away models for a step each, and sees how much memory that takes.
 
     The microbatch is doubled as long as the next one is expected to fit, so that nothing runs out
     of memory as a rule.
@@ -38,12 +40,14 @@ class MeasuredMemory:
     Args:
         task: What would be trained.
         device: Where it would be trained.
+        limit: What it may use there, in force meanwhile.
     """
 
-    def __init__(self, task: TrainingTask, *, device: torch.device) -> None:
+    def __init__(self, task: TrainingTask, *, device: torch.device, limit: MemoryLimit) -> None:
         self._task = task
         self._device = device
-        self._peaks: dict[int, int | None] = {}
+        self._limit = limit
+        self._peaks: dict[int, float | None] = {}
 
     @cached_property
     def _sample_bytes(self) -> int:
@@ -54,72 +58,72 @@ class MeasuredMemory:
         """Whether anything was measured."""
         return bool(self._peaks)
 
-    def peak_bytes(self, microbatch_size: int, *, batch_size: int) -> int | None:
+    def peak_bytes(self, microbatch_size: int, *, batch_size: int) -> float | None:
         """Most bytes held at a time while a batch is trained on in microbatches of a size.
 
         Returns:
-            None where that is unknown: the step has failed, samples vary in length, or the device,
-            the system or the C library does not tell.
+            Infinity if the limit was reached. None where the peak is unknown: the task's code has
+            raised an error, samples vary in length, or the device, the system or the C library
+            does not tell.
         """
         if microbatch_size not in self._peaks:
             self._peaks[microbatch_size] = self._measured(microbatch_size)
         peak = self._peaks[microbatch_size]
-        others = batch_size - 2 * microbatch_size  # two were there when it was measured
-        return None if peak is None else peak + others * self._sample_bytes
+        return None if peak is None else peak + batch_size * self._sample_bytes
 
-    def largest_fitting(self, usable_bytes: int, *, batch_size: int) -> int | None:
-        """The largest microbatch size whose step takes no more than so much; None if unknown."""
+    def largest_fitting(self, usable_bytes: int, *, batch_size: int, most: int) -> int | None:
+        """The largest microbatch size, of ``most``, whose step takes no more; None if unknown."""
         return search(
             partial(self.peak_bytes, batch_size=batch_size),
             usable_bytes,
-            least=min(FEWEST_SAMPLES, batch_size),
-            most=batch_size,
+            least=min(FEWEST_SAMPLES, most),
+            most=most,
         )
 
-    def expected_bytes(self, microbatch_size: int, *, batch_size: int) -> int:
+    def expected_bytes(self, microbatch_size: int, *, batch_size: int) -> float:
         """The peak of any size, on the line through those next to it that were measured.
 
         Something must have been measured. Below the smallest size that was, its peak is given.
         """
-        peaks = {
-            size: peak
-            for size in self._peaks
-            if (peak := self.peak_bytes(size, batch_size=batch_size)) is not None
-        }
-        return round(on_the_line(microbatch_size, peaks))
+        peaks = {size: self.peak_bytes(size, batch_size=batch_size) for size in self._peaks}
+        known = {size: peak for size, peak in peaks.items() if peak is not None}
+        finite = {size: peak for size, peak in known.items() if peak < math.inf}
+        return on_the_line(microbatch_size, finite) if finite else math.inf
 
-    def _measured(self, size: int) -> int | None:
+    def _measured(self, size: int) -> float | None:
         if self._task.longest is not None:
             return None  # the next batch may hold longer ones
         if self._device.type == "cpu" and not is_prepared():
             return None  # what the heap has kept from before would be used again
-        if not self._peaks:
-            self._peak_of_steps(FEWEST_SAMPLES)  # what is set up for the first time does not count
-        return self._peak_of_steps(size)
-
-    def _peak_of_steps(self, size: int) -> int | None:
-        settings = RunSettings(
-            batch_size=2 * size,  # the second microbatch finds gradients, as all but the first do
-            microbatch_size=size,
-            learning_rate=LEARNING_RATE,
-            budget=Budget("steps", STEPS),
-            seed=0,
-            evaluations=1,
-        )
-        # The evaluation after the steps must not need more than they do, and a metric may refuse
-        # so few samples.
-        few = first_samples(self._task.train_data, FEWEST_SAMPLES)
-        task = replace(self._task, valid_data=few, metrics={}, objective="loss")
-        free = memory_limit(self._device, None)
-        run = TrainingRun(task, settings, device=self._device, limit=free)
+        gc.collect()  # models of before
         try:
-            for _ in run.checkpoints():
-                pass
-        except BsOptunaError:
-            return None
-        except Exception as error:
-            if classify(error) is None:
-                raise
+            # The second microbatch of a batch finds gradients, as all but the first do.
+            batch = first_samples(self._task.train_data, 2 * size)
+            batch = take(batch, torch.arange(2 * size) % batch_length(batch))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a trial will say it again
+                if not self._peaks:
+                    self._limit.warm_up(partial(self._train, FEWEST_SAMPLES, batch))
+                self._limit.start_trial()
+                peak = PeakMemory(self._device)
+                peak.start()
+                with self._limit.active():
+                    fits = self._train(size, batch)
+        except Exception as error:  # in the task's own code, of which a trial will tell
+            fits = classify(error) is None
+            _logger.info("no step of microbatch_size=%d was measured: %s", size, error)
             release(error)
-            return None
-        return None if run.failed_sizes else run.peak_memory_bytes()
+            return None if fits else math.inf
+        finally:
+            gc.collect()
+        return peak.bytes() if fits else math.inf
+
+    def _train(self, size: int, batch: Any) -> bool:
+        """Trains a new model; says whether microbatches of that size fitted."""
+        training = ThrowAwayTraining(self._task, self._device)
+        for microbatch_size in (FEWEST_SAMPLES, size):  # the first makes the optimizer's state
+            part = take(batch, slice(0, 2 * microbatch_size))
+            if len(training.gradient(training.backward(microbatch_size), part).sizes_tried) > 1:
+                return False
+            training.update()
+        return True

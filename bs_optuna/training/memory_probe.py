@@ -7,7 +7,7 @@ itself, except the unfolded input of a convolution, nor how an allocator fragmen
 
 from __future__ import annotations
 
-import copy
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +27,7 @@ from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import moved
 from bs_optuna.training.data import bytes_per_sample
 from bs_optuna.training.data import first_samples
+from bs_optuna.training.fake_leftovers import own_copy
 from bs_optuna.training.live_storages import LiveStorages
 from bs_optuna.training.live_storages import TooManyOperationsError
 from bs_optuna.training.oom import release
@@ -37,6 +38,8 @@ from bs_optuna.training.task import TrainingTask
 from bs_optuna.training.weighted_pass import LossFunction
 
 
+# It logs operations that it refuses, with a traceback; here they end in one UntraceableError.
+_FAKE_TENSORS = logging.getLogger("torch._subclasses.fake_tensor")
 # What a step needs beside its tensors: an arena of Python's objects (1 MiB), some small blocks, and
 # in a large memory what the allocator cannot use.
 MARGIN_BYTES = 3 * 2**19
@@ -68,7 +71,6 @@ class MemoryProbe:
     def __init__(self, task: TrainingTask, *, device: torch.device) -> None:
         # A fake accelerator needs a real one; the CPU's kernels then stand for its own.
         self._device = device if device.type in ("cpu", "cuda") else torch.device("cpu")
-        self._task = task
         self._fake = _FakeMode(allow_non_fake_inputs=True)
         self._storages = LiveStorages(self._device.type, most_operations=MOST_OPERATIONS)
         self._sample: Any = first_samples(task.train_data, 1)
@@ -78,7 +80,8 @@ class MemoryProbe:
                 self._model = task.model().train()
             fake = _fake_tensors(task.loss, self._device)
         # As a trial copies it; outside, because its own tensors that are no buffers are constants.
-        self._loss = copy.deepcopy(task.loss, fake) if fake else task.loss
+        self._loss = own_copy(task.loss, fake)
+        self._metrics = [own_copy(metric, {}) for metric in task.metrics.values()]
         with self._tracing():
             modules = [m for m in (self._model, self._loss) if isinstance(m, nn.Module)]
             # AccumulatedBackward keeps a copy of each buffer, to undo a failed attempt.
@@ -126,6 +129,7 @@ class MemoryProbe:
     def _tracing(self) -> Iterator[None]:
         self._storages.operations = 0
         try:
+            _FAKE_TENSORS.disabled = True
             with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")  # the training itself will say it again
                 with self._fake, self._storages:
@@ -141,6 +145,8 @@ class MemoryProbe:
                 f"Memory cannot be predicted: {type(error).__name__}: {reason}. The training needs "
                 "values, or what has no fake counterpart; run it to see what fits."
             ) from error
+        finally:
+            _FAKE_TENSORS.disabled = False
 
     def _first_step(self, stand_in: GuardedStep) -> tuple[int, int]:
         """The fewest samples that can be traced and their peak, by the stand-in if need be.
@@ -180,7 +186,7 @@ class MemoryProbe:
                 self._storages.peak = self._storages.live
                 inputs, targets = moved(_repeated(self._sample, size), self._device)
                 outputs = call_model(self._model, inputs)
-                for function in (self._loss, *self._task.metrics.values()):
+                for function in (self._loss, *self._metrics):
                     function(outputs, targets)
         finally:  # steps of other sizes are followed after it
             self._model.train()

@@ -30,6 +30,7 @@ from bs_optuna.training.memory_limit import memory_limit as limit_memory
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
+from bs_optuna.training.random_states import kept_random_states
 from bs_optuna.training.random_states import private_random_state
 from bs_optuna.training.rehearsal import load_optimizers
 from bs_optuna.training.rehearsal import rehearse
@@ -114,7 +115,11 @@ class TrainingObjective:
             )
         self._old_claims: set[Claim] = set()  # that a trial of this process has met
         self._starting_sizes = StartingSizes(
-            task, device=self.device, limit=self._limit, batch_size=batch_size[1]
+            task,
+            device=self.device,
+            limit=self._limit,
+            batch_size=batch_size[1],
+            most=microbatch_size if isinstance(microbatch_size, int) else None,
         )
 
     @property
@@ -225,7 +230,7 @@ class TrainingObjective:
         predicted = self._starting_sizes.predicted(batch_size)
         largest = self._microbatch_size
         if largest == "fastest":
-            with private_random_state(self.device):
+            with kept_random_states(self.device):
                 largest = self._starting_sizes.measure(known.microbatch).smallest_fast
         most = attempt.most(min(batch_size, largest or batch_size))
         size = known.microbatch.start(most, predicted=predicted.microbatch)
@@ -289,7 +294,7 @@ class TrainingObjective:
         # without.
         up_to = self._starting_sizes.up_to(batch_size)
         measure = measure and known.leaves_open(up_to) and not known.deaths
-        with private_random_state(self.device):
+        with kept_random_states(self.device):
             if self._starting_sizes.predict(batch_size, measure=measure):
                 known = self._said(study, batch_size)  # by others in the meantime
         return known

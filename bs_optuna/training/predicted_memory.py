@@ -9,13 +9,15 @@ from functools import partial
 import torch
 
 from bs_optuna.errors import UntraceableError
+from bs_optuna.training.fake_leftovers import clear_caches
+from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.loop import SMALLEST_EVALUATION_BATCH
 from bs_optuna.training.measured_memory import MeasuredMemory
 from bs_optuna.training.memory_probe import MemoryProbe
 from bs_optuna.training.memory_probe import usable_bytes
 from bs_optuna.training.oom import release
 from bs_optuna.training.task import TrainingTask
-from bs_optuna.training.throughput import FEWEST_SAMPLES
+from bs_optuna.training.throw_away import FEWEST_SAMPLES
 
 
 _logger = logging.getLogger(__name__)
@@ -40,49 +42,60 @@ class PredictedMemory:
     Args:
         task: What would be trained.
         device: Where it would be trained.
+        limit: What it may use there.
 
     Attributes:
         untraceable: Why nothing can be followed on fake tensors, if that is so.
         measured: Whether it is real steps that predict, not fake tensors.
     """
 
-    def __init__(self, task: TrainingTask, *, device: torch.device) -> None:
+    def __init__(self, task: TrainingTask, *, device: torch.device, limit: MemoryLimit) -> None:
         self._task = task
         self._device = device
         self._probe: MemoryProbe | None = None
-        self._real_steps = MeasuredMemory(task, device=device)
+        self._real_steps = MeasuredMemory(task, device=device, limit=limit)
         self.untraceable: UntraceableError | None = None
         self.measured = False
 
     def largest_fitting(
-        self, available_bytes: int, *, batch_size: int, measure: bool
+        self, available_bytes: int, *, batch_size: int, most: int, measure: bool
     ) -> FittingSizes:
         """The largest sizes that are predicted to fit.
 
         Args:
             available_bytes: What there is.
             batch_size: Samples per optimizer step; the batch takes memory too.
+            most: The largest microbatch of interest.
             measure: Whether real steps may be taken where a task cannot be traced, or to see
                 whether they take more than was traced. Where some were taken for another batch
                 size they are for all.
         """
-        traced = self._traced(available_bytes, batch_size)
+        try:
+            return self._largest_fitting(available_bytes, batch_size, most, measure=measure)
+        finally:
+            clear_caches()
+
+    def _largest_fitting(
+        self, available_bytes: int, batch_size: int, most: int, *, measure: bool
+    ) -> FittingSizes:
+        traced = self._traced(available_bytes, batch_size, most)
         if not measure and not self._real_steps.begun:
             return traced
         size = traced.microbatch
         if size is not None and not self._contradicted(size, batch_size, available_bytes):
             return traced
         usable = usable_bytes(available_bytes)
-        measured = self._real_steps.largest_fitting(usable, batch_size=batch_size)
+        measured = self._real_steps.largest_fitting(usable, batch_size=batch_size, most=most)
         if measured is None:
             return traced
         self.measured = True
-        if measured == batch_size:
+        if measured == most:
             return FittingSizes(measured, traced.evaluation)
         # Without gradients twice as much fits as a rule.
-        return FittingSizes(measured, min(traced.evaluation or 2 * measured, 2 * measured))
+        pieces = 2 * measured if traced.evaluation is None else traced.evaluation
+        return FittingSizes(measured, min(pieces, 2 * measured))
 
-    def peak_bytes(self, microbatch_size: int, *, batch_size: int) -> int:
+    def peak_bytes(self, microbatch_size: int, *, batch_size: int) -> float:
         """Most bytes held at a time while a batch is trained on in microbatches of a size.
 
         Raises:
@@ -95,16 +108,17 @@ class PredictedMemory:
             raise self.untraceable
         return self._probe.peak_bytes(microbatch_size, batch_size=batch_size)
 
-    def _traced(self, available_bytes: int, batch_size: int) -> FittingSizes:
+    def _traced(self, available_bytes: int, batch_size: int, most: int) -> FittingSizes:
         if self.untraceable is not None:
             return FittingSizes()
         microbatch: int | None = None
-        most = max(2 * batch_size, SMALLEST_EVALUATION_BATCH)
+        pieces = max(2 * batch_size, SMALLEST_EVALUATION_BATCH)
         try:
             self._probe = self._probe or MemoryProbe(self._task, device=self._device)
             microbatch = self._probe.largest_fitting(available_bytes, batch_size=batch_size)
+            microbatch = min(microbatch, most)
             evaluation = self._probe.largest_evaluation(
-                available_bytes, batch_size=batch_size, most=most
+                available_bytes, batch_size=batch_size, most=pieces
             )
             return FittingSizes(microbatch, evaluation)
         except UntraceableError as error:
@@ -113,6 +127,8 @@ class PredictedMemory:
             if self._probe is None:
                 self.untraceable = error
             return FittingSizes(microbatch)
+        finally:
+            clear_caches()  # real steps may follow
 
     def _contradicted(self, size: int, batch_size: int, available_bytes: int) -> bool:
         """Whether a real step of half a size shows that the whole of it does not fit.

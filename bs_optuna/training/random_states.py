@@ -44,3 +44,13 @@ def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(states["device"], device)
     elif device.type == "mps" and "device" in states:
         torch.mps.set_rng_state(states["device"])
+
+
+@contextmanager
+def kept_random_states(device: torch.device) -> Iterator[None]:
+    """A context for what only measures: every generator is afterwards as it was before."""
+    states = random_states(device)
+    try:
+        yield
+    finally:
+        restore_random_states(states, device)

@@ -7,10 +7,10 @@ import torch
 from bs_optuna.training.budget import Budget
 from bs_optuna.training.loop import TrainingRun
 from bs_optuna.training.memory_limit import memory_limit
-from bs_optuna.training.random_states import private_random_state
+from bs_optuna.training.random_states import kept_random_states
 from bs_optuna.training.run_settings import RunSettings
 from bs_optuna.training.task import TrainingTask
-from bs_optuna.training.throughput import FEWEST_SAMPLES
+from bs_optuna.training.throw_away import FEWEST_SAMPLES
 
 
 def load_optimizers() -> None:
@@ -27,7 +27,7 @@ def rehearse(task: TrainingTask, *, device: torch.device, learning_rate: float, 
         seed=seed,
         evaluations=1,
     )
-    with private_random_state(device):
+    with kept_random_states(device):
         run = TrainingRun(task, settings, device=device, limit=memory_limit(device, None))
         for _ in run.checkpoints():
             pass

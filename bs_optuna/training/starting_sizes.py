@@ -24,20 +24,28 @@ class StartingSizes:
         device: Where it is trained.
         limit: What it may use there.
         batch_size: The largest batch.
+        most: The largest microbatch of interest; None is the whole batch.
 
     Attributes:
         measured: The throughput of microbatches; None before ``measure``.
     """
 
     def __init__(
-        self, task: TrainingTask, *, device: torch.device, limit: MemoryLimit, batch_size: int
+        self,
+        task: TrainingTask,
+        *,
+        device: torch.device,
+        limit: MemoryLimit,
+        batch_size: int,
+        most: int | None = None,
     ) -> None:
         self._task = task
         self._device = device
         self._limit = limit
         self._batch_size = batch_size
         self._predicted: dict[int, FittingSizes] = {}
-        self._memory = PredictedMemory(task, device=device)
+        self._most = most
+        self._memory = PredictedMemory(task, device=device, limit=limit)
         self.measured: Throughput | None = None
 
     def predicted(self, batch_size: int) -> FittingSizes:
@@ -64,8 +72,12 @@ class StartingSizes:
         found = FittingSizes()
         if available is not None:
             with as_limited(self._device, self._limit.limit_bytes):
+                most = max(up_to, batch_size)
                 found = self._memory.largest_fitting(
-                    available, batch_size=max(up_to, batch_size), measure=measure
+                    available,
+                    batch_size=most,
+                    most=min(most, self._most or most),
+                    measure=measure,
                 )
         self._predicted[up_to] = found
         return True

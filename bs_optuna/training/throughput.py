@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import statistics
 import time
@@ -12,32 +11,26 @@ from dataclasses import field
 from functools import cached_property
 
 import torch
-from torch import nn
 
 from bs_optuna.science.throughput import TOLERANCE
 from bs_optuna.science.throughput import samples_per_second
 from bs_optuna.science.throughput import smallest_fast
-from bs_optuna.training.backward import AccumulatedBackward
 from bs_optuna.training.batches import take
 from bs_optuna.training.data import first_samples
 from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import release
-from bs_optuna.training.recipes import optimizer_factory
-from bs_optuna.training.stepping import GuardedStep
 from bs_optuna.training.task import TrainingTask
+from bs_optuna.training.throw_away import FEWEST_SAMPLES
+from bs_optuna.training.throw_away import ThrowAwayTraining
 
 
 _logger = logging.getLogger(__name__)
 
-# BatchNorm refuses a single sample.
-FEWEST_SAMPLES = 2
 # Sizes take turns, so that a program that is busy for a while slows down all of them alike. The
 # first step of a turn finds the caches of another size.
 TURNS = 3
 TIMED_STEPS = 2
-# The model is thrown away, and should not diverge before that.
-LEARNING_RATE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -137,35 +130,17 @@ class _TimedStep:
         self._batch = first_samples(task.train_data, most)
         self._device = device
         self._clock = clock
-        model = task.new_model().to(device).train()
-        loss = task.loss
-        self._parameters = list(model.parameters())
-        if isinstance(loss, nn.Module):
-            loss = copy.deepcopy(loss).to(device)
-            self._parameters += loss.parameters()
-        self._update = GuardedStep(
-            optimizer_factory(task.optimizer)(self._parameters, LEARNING_RATE)
-        )
-        self._backwards = {
-            size: AccumulatedBackward(
-                model,
-                loss,
-                count=task.count,
-                batch_norm="exact",  # says nothing of a split, whose times do not count
-            )
-            for size in _sizes(most)
-        }
+        self._training = ThrowAwayTraining(task, device)
+        self._backwards = {size: self._training.backward(size) for size in _sizes(most)}
 
     def step(self, size: int) -> _Seconds | None:
         """Trains on that many samples in one microbatch; None if they do not fit."""
-        for parameter in self._parameters:
-            parameter.grad = None
         part = take(self._batch, slice(0, size))
         begin = self._now()
-        if self._backwards[size](*part).accumulation_steps > 1:
+        if self._training.gradient(self._backwards[size], part).accumulation_steps > 1:
             return None
         middle = self._now()
-        self._update()
+        self._training.update()
         return _Seconds(middle - begin, self._now() - middle)
 
     def _now(self) -> float:

@@ -267,3 +267,11 @@ def test_on_the_line_what_was_measured_stays(peaks: dict[int, float]) -> None:
 
 def test_on_the_line_a_single_size_stands_for_all() -> None:
     assert on_the_line(1, {2: 7.0}) == on_the_line(9, {2: 7.0}) == 7.0
+
+
+def test_from_below_what_only_is_too_much_leaves_the_size_before_it() -> None:
+    def peak(size: int) -> float:
+        return size if size <= 8 else math.inf
+
+    assert largest_from_below(peak, 100, least=2, most=64) == 8
+    assert largest_from_below(lambda size: math.inf, 100, least=2, most=64) == 1

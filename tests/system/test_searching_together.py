@@ -25,20 +25,19 @@ class Branching(nn.Module):
         {do}
         return x if float(x.sum()) < 1e9 else -x
 """
-# Out of memory where no limit is in force, so nothing is measured either.
-IMMEASURABLE = (
-    "import resource; self.training and len(x) > 2 and type(x) is torch.Tensor and "
-    "resource.getrlimit(resource.RLIMIT_DATA)[0] == -1 and torch.empty(2**55)"
-)
+# The next batch may hold longer samples, so nothing is measured either.
+IMMEASURABLE = "lengths=lambda inputs, targets: [1] * len(inputs),"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot limit a CPU's memory"),
 ]
 
 
-def write_task(folder: Path, *, do: str = "pass") -> None:
+def write_task(folder: Path, *, do: str = "pass", measurable: bool = True) -> None:
     text = WIDE_TASK.read_text(encoding="utf-8")
     text = text.replace("nn.Conv2d(1, 64", "Branching(), nn.Conv2d(1, 64")
+    if not measurable:
+        text = text.replace("loss=nn", f"{IMMEASURABLE}\n        loss=nn")
     (folder / "wide.py").write_text(text + BRANCHING.format(do=do), encoding="utf-8")
 
 
@@ -68,7 +67,7 @@ def trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
 def test_two_workers_search_for_what_fits_once(
     tmp_path: Path, model: str, batch_sizes: str, trials_in_all: int
 ) -> None:
-    write_task(tmp_path, do=IMMEASURABLE if model == "searched" else "pass")
+    write_task(tmp_path, measurable=model != "searched")
     if model == "traced":
         (tmp_path / "wide.py").write_text(WIDE_TASK.read_text(encoding="utf-8"), encoding="utf-8")
     searched = ("--trials", str(trials_in_all), "--batch-size", batch_sizes)
@@ -114,7 +113,7 @@ def test_a_claim_of_a_killed_worker_does_not_bind_the_others(tmp_path: Path) -> 
     (tmp_path / "deadly").touch()
     deadly = f"os.path.exists({str(tmp_path / 'deadly')!r})"
     kill = f"import os; {dies} and {deadly} and os.kill(os.getpid(), 9)"
-    write_task(tmp_path, do=f"{IMMEASURABLE}; {kill}")
+    write_task(tmp_path, do=kill, measurable=False)
     arguments = ("--memory-limit", "2GiB", "--trials", "3", "--batch-size", "256:256")
     assert start(tmp_path, *arguments).wait(timeout=300) == -9
     (killed,) = trials(tmp_path)
