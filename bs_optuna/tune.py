@@ -27,6 +27,8 @@ from bs_optuna.errors import EXIT_TERMINATED
 from bs_optuna.errors import ConfigError
 from bs_optuna.errors import TrainingError
 from bs_optuna.errors import UserError
+from bs_optuna.process_limits import check_limits
+from bs_optuna.process_limits import refused
 from bs_optuna.training.limit_environment import LIMIT_ENVIRONMENT
 from bs_optuna.training.limit_environment import is_prepared
 
@@ -59,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except TrainingError as error:
+        if error.__cause__ is not None and (limited := refused(error.__cause__)) is not None:
+            print(f"error: {limited}", file=sys.stderr)
+            return EXIT_USER_ERROR
         if error.__cause__ is not None:  # else a worker process has shown it
             traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
@@ -66,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted before the first trial.", file=sys.stderr)
         status = EXIT_INTERRUPTED
+    except (MemoryError, ImportError, SystemError) as error:
+        if (limited := refused(error)) is None:
+            raise
+        print(f"error: {limited}", file=sys.stderr)
+        return EXIT_USER_ERROR
     return EXIT_TERMINATED if status == EXIT_INTERRUPTED and terminations else status
 
 
@@ -84,6 +94,7 @@ def _tune(arguments: list[str], terminations: list[int]) -> int:
     if show_config:
         print(config.as_toml())
         return 0
+    check_limits()
     _prepare_process(config, arguments)
     if dry_run:
         return _dry_run(config)

@@ -21,6 +21,10 @@ from bs_optuna.errors import TrainingError
 from bs_optuna.errors import UserError
 
 
+# In PyTorch's error about a process of a DataLoader.
+_KILLED = "is killed by signal: Killed"
+
+
 def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
     """The life of a worker process.
 
@@ -36,6 +40,10 @@ def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
     """
     # The terminal sends Ctrl-C to all of its processes; the parent passes it on, once, as SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _die)
+    # A process that is spawned would spawn its own, such as those of a DataLoader of the task's,
+    # which know nothing of a task that was read from a file.
+    multiprocessing.set_start_method(None, force=True)  # the system's own
     interruption = _Interruption(pipe)
     threading.Thread(target=_outlive_no_parent, args=(interruption,), daemon=True).start()
     try:
@@ -43,6 +51,8 @@ def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
     except UserError as error:
         _tell(pipe, "failed", str(error))
     except KeyboardInterrupt:
+        # The processes of a DataLoader are ended with this one, of which PyTorch would complain.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         if interruption.asked:
@@ -53,6 +63,15 @@ def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
         # Here, because tracebacks cannot be sent; the parent adds the line.
         traceback.print_exception(error.__cause__)
         _tell(pipe, "raised", str(error))
+
+
+def _die(number: int, frame: FrameType | None = None) -> None:
+    """Ends this process by a signal, and before it those that it has started."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
 
 
 def set_up_libraries() -> None:
@@ -89,11 +108,11 @@ class _Interruption:
         self.orphaned = False  # told apart: the pipe may end a moment after the parent
         self._deferred = False
         self._pipe = pipe
+        self._process = os.getpid()
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if not self._is_told():
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        if os.getpid() != self._process or not self._is_told():
+            _die(number)
         self.asked = True
         self._raise_if_asked()
 
@@ -108,15 +127,23 @@ class _Interruption:
         yield
         self._deferred = False
         self._raise_if_asked()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, _die)
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
-        """A part of that context in which it does not wait."""
+        """A part of that context in which it does not wait.
+
+        The kernel may kill any process of a trial for want of memory; if it was one of a DataLoader
+        this one dies of it too, and the trial is tried again.
+        """
         self._deferred = False
         try:
             self._raise_if_asked()
             yield
+        except TrainingError as error:
+            if _KILLED in str(error):
+                _die(signal.SIGKILL)
+            raise
         finally:
             self._deferred = True
 

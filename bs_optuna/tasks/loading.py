@@ -47,14 +47,14 @@ def load_task(spec: str) -> TrainingTask:
 def _module_from_file(spec: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise TaskError(f"task={spec!r}; there is no file {path}. Check the path.")
-    name = f"{_FILE_PREFIX}{path.stem}"
+    # Like a script: it may import its neighbours.
+    sys.path.insert(0, str(path.parent.resolve()))
+    name = _module_name(path)
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None  # a .py file has a loader
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
-    # Like a script: it may import its neighbours, and its classes can be pickled.
-    sys.path.insert(0, str(path.parent.resolve()))
-    sys.modules[name] = module
+    sys.modules[name] = module  # so that its classes can be pickled
     try:
         found.loader.exec_module(module)
     except ImportError as error:
@@ -67,6 +67,15 @@ def _module_from_file(spec: str, path: Path) -> ModuleType:
             f"Run from {folder.parent} and name {folder.name}.{path.stem}:{function}."
         ) from None
     return module
+
+
+def _module_name(path: Path) -> str:
+    """The one by which other processes that it starts can import it too, if that is free."""
+    if path.stem.isidentifier() and path.stem not in sys.modules:
+        found = importlib.util.find_spec(path.stem)
+        if found is not None and found.origin == str(path.resolve()):
+            return path.stem
+    return f"{_FILE_PREFIX}{path.stem}"
 
 
 def _module_by_name(spec: str, name: str) -> ModuleType:

@@ -109,6 +109,7 @@ class AccumulatedBackward:
     Attributes:
         lost: What running out of memory has cost in all calls together; of several ranks, what
             this one has undone.
+        warned: Whether it was said what microbatches change in BatchNorm; true keeps it silent.
 
     Example:
         >>> backward = AccumulatedBackward(model, loss_fn, microbatch_size="auto")
@@ -161,7 +162,7 @@ class AccumulatedBackward:
         )
         most = microbatch_tokens if microbatch_size == "auto" else microbatch_size
         self._limit = MicrobatchLimit(most, regrow_after=regrow_after, smaller=smaller)
-        self._warned = batch_norm == "exact"  # that microbatches change BatchNorm
+        self.warned = batch_norm == "exact"
         self._parts = list({id(m): m for root in self._modules for m in root.modules()}.values())
         self._parameters = parameters_of(self._modules)
         refuse_lazy(self._modules)
@@ -221,8 +222,8 @@ class AccumulatedBackward:
         plan = self._limit.plan(cut)
         tried = [plan.largest]
         while True:
-            if plan.accumulation_steps > 1 and not self._warned:
-                self._warned = True
+            if plan.accumulation_steps > 1 and not self.warned:
+                self.warned = True
                 warn_of_split(self._modules, plan.microbatch_size, plan.batch_size, stacklevel=2)
             began = time.perf_counter()
             outcome = self._attempt(plan, batch)
@@ -291,8 +292,8 @@ class AccumulatedBackward:
         self, plan: Plan, batch: Batch, before: StepSnapshot
     ) -> tuple[torch.Tensor, float]:
         """The loss of one rank's part of the batch, and what its mean is taken over."""
-        if not self._warned:  # by the part alone, also where that is not cut
-            self._warned = True
+        if not self.warned:  # by the part alone, also where that is not cut
+            self.warned = True
             warn_of_split(self._modules, plan.microbatch_size, None, stacklevel=5)
         with working_onednn():
             microbatches, held = self._cutting.microbatches(plan, batch, whole=False)

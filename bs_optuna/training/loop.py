@@ -19,6 +19,7 @@ from bs_optuna.training.checkpoint import CheckpointFile
 from bs_optuna.training.checkpoint import load_training_state
 from bs_optuna.training.checkpoint import training_state
 from bs_optuna.training.data import Data
+from bs_optuna.training.data import length
 from bs_optuna.training.data import training_batches
 from bs_optuna.training.evaluation import Evaluation
 from bs_optuna.training.limit import MemoryLimit
@@ -79,6 +80,7 @@ class TrainingRun:
         failed_sizes: Microbatch sizes that ran out of memory.
         gave_up: Whether nothing smaller was tried after the last of them.
         evaluation_fits: Samples in a piece of an evaluation, if a larger piece did not fit.
+        warned: Whether it was said that microbatches change BatchNorm, by now or before.
         values: Validation loss and metrics of the last checkpoint.
     """
 
@@ -116,6 +118,7 @@ class TrainingRun:
         self.fits = self.ran = 0
         self.failed_sizes: list[int] = []
         self.gave_up = False
+        self.warned = settings.warned
         self.evaluation_fits: int | None = None
         self.values: dict[str, float] = {}
 
@@ -167,8 +170,9 @@ class TrainingRun:
                     self._step(batches)
                 if not last and self._progress() >= points[k + 1].progress:
                     continue  # one large step has passed several rungs: the last of them counts
-                self._evaluating(self._evaluation.batch_size)
-                values = self.evaluate(self._task.valid_data)
+                data = self._task.valid_data
+                self._evaluating(min(self._evaluation.batch_size, length(data)))
+                values = self.evaluate(data)
                 self._evaluating(0)
                 check_values(values, self.samples)
                 self._evaluated[k] = values
@@ -234,7 +238,7 @@ class TrainingRun:
         self._losses = [self._backward.lost, self._guarded_step.lost, self._evaluation.lost]
 
     def _make_backward(self) -> AccumulatedBackward:
-        return AccumulatedBackward(
+        backward = AccumulatedBackward(
             self._model,
             self._task.loss,
             count=self._task.count,
@@ -242,6 +246,8 @@ class TrainingRun:
             smaller=self._smaller,
             **self._unit.settings(self._task, self.microbatch_size),
         )
+        backward.warned |= self.warned
+        return backward
 
     def _smaller(self, failed: int, size: int) -> int:
         unit = self._unit
@@ -300,6 +306,7 @@ class TrainingRun:
             if self.steps == 0:
                 check_kind_of_loss(self._model, self._task.loss, (inputs, targets))
             raise
+        self.warned = self._backward.warned
         *failed, ran = result.sizes_tried
         self.failed_sizes += map(self._unit.size, failed)
         # Of samples that vary one batch may hold little: what counts is what the next one may hold.

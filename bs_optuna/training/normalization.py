@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from bs_optuna.training.snapshot import refuse_lazy
+
 
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -33,15 +35,21 @@ def convert_batch_norm(model: nn.Module) -> nn.Module:
     training: the running statistics are dropped, and what was trained with the one is wrong for the
     other. There are 32 groups, or the most below that which divide the channels and leave at least
     two in each. `BatchNorm1d` may stand where a channel has a single value, and few of them tell
-    nothing; there all channels are one group, as in a layer normalization.
+    nothing; there all channels are one group, as in a layer normalization. Where a single channel
+    has a single value nothing is left of it, and of maps of one position, as after global pooling,
+    little: leave the norm out there.
 
     Args:
         model: Changed in place. Weight and bias stay the same objects, so that an optimizer made
-            before goes on with them; lazy layers must have seen their first batch.
+            before goes on with them.
 
     Returns:
         The model, or what replaces it if it is itself a BatchNorm.
+
+    Raises:
+        ValueError: A lazy layer has not seen its first batch, so that its channels are not known.
     """
+    refuse_lazy([model])
     converted: dict[int, nn.GroupNorm] = {}
     # With duplicates: a layer that is used twice must be replaced in both places.
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -99,7 +107,7 @@ class WholeBatchStatistics:
             id(layer): layer
             for root in modules
             for layer in root.modules()
-            if isinstance(layer, (*_BATCH_NORMS, _InstanceNorm))
+            if isinstance(layer, (*_BATCH_NORMS, nn.SyncBatchNorm, _InstanceNorm))
             and layer.training
             and layer.running_mean is not None
         }

@@ -113,6 +113,7 @@ class TrainingObjective:
             self._memory_key = memory_key(
                 task, device=self.device, limit_bytes=self._limit.limit_bytes
             )
+        self._warned = False  # that microbatches change BatchNorm
         self._old_claims: set[Claim] = set()  # that a trial of this process has met
         self._starting_sizes = StartingSizes(
             task,
@@ -249,6 +250,7 @@ class TrainingObjective:
             evaluation_killed=attempt.killed_evaluation is not None,
             short_of_memory=known.microbatch.fails is not None,
             evaluations=EVALUATIONS,
+            warned=self._warned,
             oom_budget=self._oom_budget,
         )
         return TrainingRun(
@@ -276,6 +278,7 @@ class TrainingObjective:
     def _store(
         self, trial: optuna.Trial, run: TrainingRun, reason: str | None, attempt: Attempt
     ) -> None:
+        self._warned = run.warned
         measured = self._starting_sizes.measured or Throughput()
         elsewhere = attempt.failed_sizes(fits=run.fits)
         if measured.fails is not None:

@@ -29,6 +29,7 @@ class RunSettings:
         short_of_memory: Whether others have run out of it. An evaluation of which nothing else is
             known then begins with pieces twice as large as a microbatch that has trained.
         evaluations: How often to evaluate, the end included.
+        warned: Whether it was said before that microbatches change BatchNorm.
         oom_budget: Largest part of the run's time that may be lost to running out of memory, once
             there were more failures than any search for a size needs.
     """
@@ -42,6 +43,7 @@ class RunSettings:
     evaluation_killed: bool = False
     short_of_memory: bool = False
     evaluations: int = 5
+    warned: bool = False
     oom_budget: float = OOM_BUDGET
 
 

@@ -49,6 +49,17 @@ def test_exact_running_statistics_are_those_of_the_whole_batch(
     torch.testing.assert_close(model[1].running_var, whole[1].running_var, rtol=1e-5, atol=0)
 
 
+def test_exact_statistics_of_synchronized_layers_are_those_of_the_whole_batch_too() -> None:
+    """One process alone trains with them as with any other."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(first_is_batch_norm())
+    whole = copy.deepcopy(model)
+    AccumulatedBackward(model, LOSS, microbatch_size=4, batch_norm="exact")(*images(20))
+    LOSS(whole(images(20)[0]), images(20)[1]).backward()
+    assert isinstance(model[1], nn.SyncBatchNorm)
+    torch.testing.assert_close(model[1].running_mean, whole[1].running_mean, rtol=1e-5, atol=0)
+    torch.testing.assert_close(model[1].running_var, whole[1].running_var, rtol=1e-5, atol=0)
+
+
 def test_without_exact_they_are_not() -> None:
     model = first_is_batch_norm()
     with pytest.warns(UserWarning, match="BatchNorm"):
@@ -204,6 +215,12 @@ def test_converting_keeps_parameters_types_modes_and_shared_layers() -> None:
     outputs = model.b(torch.randn(2, 4, 3, 3, dtype=torch.float64))
     assert outputs.dtype == torch.float64
     assert not list(model.buffers())
+
+
+def test_a_lazy_layer_that_has_seen_nothing_is_not_converted() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.LazyBatchNorm1d())
+    with pytest.raises(ValueError, match=r"'1\.weight' of the Sequential has no shape"):
+        convert_batch_norm(model)
 
 
 def test_another_word_than_exact_is_refused() -> None:
