@@ -93,9 +93,10 @@ def _forecasts(
 
 def _can_measure(device: torch.device, limit_bytes: int | None) -> bool:
     """Whether a study would take real steps to see what fits, and this machine has the memory."""
-    if device.type == "cpu" and limit_bytes is not None:
-        return is_prepared() and limit_bytes <= _memory(device, None)
-    return available_bytes(device, limit_bytes) is not None
+    if limit_bytes is None or device.type not in ("cpu", "cuda"):
+        return device.type == "cuda"
+    prepared = device.type == "cuda" or is_prepared()
+    return prepared and limit_bytes <= _memory(device, None)
 
 
 def _memory(device: torch.device, limit_bytes: int | None) -> int:

@@ -218,6 +218,12 @@ def _too_large(study: optuna.Study) -> list[str]:
     if count == 0:
         return []
     limit = study.user_attrs.get(attributes.CONFIG, {}).get("memory_limit")
+    reasons = (trial.user_attrs.get(attributes.PRUNE_REASON, "") for trial in pruned)
+    if any("shared memory" in reason for reason in reasons):
+        return [
+            "shared memory ran out, through which a DataLoader hands over batches: give it more "
+            "(/dev/shm; docker run --shm-size), or take fewer num_workers"
+        ]
     remedy = (
         "take a smaller model or shorter samples"
         if limit is None

@@ -38,7 +38,8 @@ class CheckpointFile:
         """
         try:
             self._path.parent.mkdir(exist_ok=True)
-            torch.save(state, self._part)
+            with self._part.open("wb") as file:  # by name it would not say that the disk is full
+                torch.save(state, file)
             os.replace(self._part, self._path)
         except (OSError, RuntimeError, TypeError, AttributeError, pickle.PicklingError) as error:
             _remove(self._part)
@@ -100,6 +101,8 @@ def _remove(path: Path) -> None:
 
 
 def _warn(what: str, path: Path, error: Exception) -> None:
+    if isinstance(error.__context__, OSError):
+        error = error.__context__
     reason = str(error).partition("\n")[0]
     _logger.warning(
         "checkpoint %s cannot be %s (%s); a trial whose worker dies begins anew", path, what, reason

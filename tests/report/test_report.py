@@ -299,3 +299,18 @@ def test_trials_that_do_not_fit_come_with_the_remedy(
     text = " ".join(shown(summary(replace(tuning, study=study), None)).split())
     assert f"note 2 trials did not fit into memory; {remedy}" in text
     assert "did not fit" not in shown(summary(tuning, None))
+
+
+def test_shared_memory_that_ran_out_is_not_the_models(tuning: Tuning) -> None:
+    study = optuna.create_study()
+
+    def no_shared_memory(trial: optuna.Trial) -> float:
+        reason = "memory: unable to allocate shared memory(shm) for file </torch_1>"
+        trial.set_user_attr(attributes.PRUNE_REASON, reason)
+        mark_memory(trial, fits=False)
+        raise optuna.TrialPruned
+
+    study.optimize(no_shared_memory, n_trials=2)
+    text = " ".join(shown(summary(replace(tuning, study=study), None)).split())
+    assert "take fewer num_workers" in text
+    assert "smaller model" not in text

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,14 @@ def test_a_file_that_cannot_be_written_costs_no_trial(
     assert len(list(Trained().run(tmp_path / "file" / "run.pt").checkpoints())) == 5
     assert len(caplog.records) == 4
     assert "cannot be written" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no device that is always full")
+def test_a_full_disk_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "run.pt.part").symlink_to("/dev/full")
+    CheckpointFile(tmp_path / "run.pt").write({"weights": torch.zeros(2**20)})
+    assert "cannot be written ([Errno 28] No space left on device)" in caplog.text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_state_that_cannot_be_stored_leaves_the_one_before(
