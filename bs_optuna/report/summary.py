@@ -214,22 +214,28 @@ def _luckiest(study: optuna.Study, conclusion: Conclusion) -> list[str]:
 def _too_large(study: optuna.Study) -> list[str]:
     """What helps where trials did not fit into memory, however small the microbatch."""
     pruned = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
-    count = sum(map(is_out_of_memory, pruned))
-    if count == 0:
+    number = sum(map(is_out_of_memory, pruned))
+    if number == 0:
         return []
+    count = f"{number} {'trial' if number == 1 else 'trials'}"
     limit = study.user_attrs.get(attributes.CONFIG, {}).get("memory_limit")
-    reasons = (trial.user_attrs.get(attributes.PRUNE_REASON, "") for trial in pruned)
-    if any("shared memory" in reason for reason in reasons):
+    reasons = " ".join(trial.user_attrs.get(attributes.PRUNE_REASON, "") for trial in pruned)
+    if "shared memory" in reasons:
         return [
             "shared memory ran out, through which a DataLoader hands over batches: give it more "
             "(/dev/shm; docker run --shm-size), or take fewer num_workers"
+        ]
+    if "BatchNorm cannot" in reasons:
+        return [
+            f"{count} left a single sample by itself, which BatchNorm cannot take: use "
+            "bs_optuna.training.convert_batch_norm, or larger microbatches"
         ]
     remedy = (
         "take a smaller model or shorter samples"
         if limit is None
         else f"raise --memory-limit, now {limit / 2**20:.4g}MiB, or take a smaller model"
     )
-    return [f"{count} {'trial' if count == 1 else 'trials'} did not fit into memory; {remedy}"]
+    return [f"{count} did not fit into memory; {remedy}"]
 
 
 def _edges(tuning: Tuning, conclusion: Conclusion) -> list[str]:

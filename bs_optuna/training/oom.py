@@ -240,11 +240,17 @@ def does_not_fit(verdict: OutOfMemory, tried: list[int], setting: str) -> Microb
         tried: What the largest microbatch of each attempt held.
         setting: The name of what limits a microbatch.
     """
+    if verdict.kind == "batch normalization":
+        after = f" after {', '.join(map(str, tried[:-1]))} ran out of memory" if tried[1:] else ""
+        return MicrobatchDoesNotFitError(
+            f"BatchNorm cannot take the single sample that {setting}={tried[-1]} leaves by itself"
+            f"{after}; use convert_batch_norm(model), a larger {setting}, or more memory.",
+            sizes_tried=tried,
+            sizes_failed=tried[:-1],
+            bytes_requested=None,
+        )
     asked = "" if verdict.bytes_requested is None else f" {verdict.bytes_requested:,} bytes more,"
-    refused = verdict.kind == "batch normalization"
-    if refused:
-        remedy = "it cannot take a single sample: use convert_batch_norm(model), or more memory"
-    elif verdict.retryable:
+    if verdict.retryable:
         remedy = "use a smaller model or shorter samples, or give the training more memory"
     else:
         remedy = "the device is unusable after this failure: start the process anew"
@@ -252,6 +258,5 @@ def does_not_fit(verdict: OutOfMemory, tried: list[int], setting: str) -> Microb
         f"Out of memory ({verdict.kind}) with {setting}={tried[-1]},{asked} "
         f"after trying {', '.join(map(str, tried))}; {remedy}.",
         sizes_tried=tried,
-        sizes_failed=tried[:-1] if refused else tried,
         bytes_requested=verdict.bytes_requested,
     )

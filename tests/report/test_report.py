@@ -301,16 +301,24 @@ def test_trials_that_do_not_fit_come_with_the_remedy(
     assert "did not fit" not in shown(summary(tuning, None))
 
 
-def test_shared_memory_that_ran_out_is_not_the_models(tuning: Tuning) -> None:
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("unable to allocate shared memory(shm) for file </torch_1>", "take fewer num_workers"),
+        ("BatchNorm cannot take the single sample that", "2 trials left a single sample by itself"),
+    ],
+)
+def test_what_a_smaller_model_would_not_help_has_its_own_remedy(
+    tuning: Tuning, reason: str, remedy: str
+) -> None:
     study = optuna.create_study()
 
-    def no_shared_memory(trial: optuna.Trial) -> float:
-        reason = "memory: unable to allocate shared memory(shm) for file </torch_1>"
-        trial.set_user_attr(attributes.PRUNE_REASON, reason)
+    def refused(trial: optuna.Trial) -> float:
+        trial.set_user_attr(attributes.PRUNE_REASON, f"memory: {reason}")
         mark_memory(trial, fits=False)
         raise optuna.TrialPruned
 
-    study.optimize(no_shared_memory, n_trials=2)
+    study.optimize(refused, n_trials=2)
     text = " ".join(shown(summary(replace(tuning, study=study), None)).split())
-    assert "take fewer num_workers" in text
+    assert remedy in text
     assert "smaller model" not in text

@@ -11,6 +11,7 @@ from comparing import assert_equal
 from failing import FailingAt
 from torch import nn
 
+from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.training import AccumulatedBackward
 from bs_optuna.training import convert_batch_norm
 
@@ -215,6 +216,18 @@ def test_converting_keeps_parameters_types_modes_and_shared_layers() -> None:
     outputs = model.b(torch.randn(2, 4, 3, 3, dtype=torch.float64))
     assert outputs.dtype == torch.float64
     assert not list(model.buffers())
+
+
+def test_a_split_that_leaves_a_single_sample_says_so_and_not_that_memory_ran_out() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    backward = AccumulatedBackward(model, LOSS, microbatch_size=2, batch_norm="exact")
+    with pytest.raises(MicrobatchDoesNotFitError) as refused:
+        backward(torch.randn(9, 4), torch.zeros(9, dtype=torch.long))
+    assert str(refused.value) == (
+        "BatchNorm cannot take the single sample that microbatch_size=2 leaves by itself; use "
+        "convert_batch_norm(model), a larger microbatch_size, or more memory."
+    )
+    assert refused.value.sizes_failed == ()
 
 
 def test_a_lazy_layer_that_has_seen_nothing_is_not_converted() -> None:
