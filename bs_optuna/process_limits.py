@@ -14,6 +14,8 @@ if sys.platform != "win32":
 _MIB = 2**20
 # With less than this PyTorch's libraries cannot be loaded at all; one of them then tries for ever.
 _LEAST = {"RLIMIT_AS": 768 * _MIB, "RLIMIT_DATA": 128 * _MIB}
+# With more than this it is not the limit that is wrong.
+_AMPLE = 2048 * _MIB
 _OPTIONS = {"RLIMIT_AS": "-v", "RLIMIT_DATA": "-d"}
 _REFUSED = re.compile(
     r"failed to map segment|[Cc]annot allocate memory|without (?:setting an|exception set)"
@@ -40,7 +42,7 @@ def refused(error: BaseException) -> ConfigError | None:
     Args:
         error: Raised while libraries were loaded or a study was opened.
     """
-    limits = _limits()
+    limits = {name: limit for name, limit in _limits().items() if limit < _AMPLE}
     memory = isinstance(error, MemoryError) or _REFUSED.search(str(error)) is not None
     if not limits or not memory:
         return None

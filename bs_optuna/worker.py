@@ -44,6 +44,7 @@ def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
     # A process that is spawned would spawn its own, such as those of a DataLoader of the task's,
     # which know nothing of a task that was read from a file.
     multiprocessing.set_start_method(None, force=True)  # the system's own
+    os.register_at_fork(after_in_child=_begin_as_a_child)
     interruption = _Interruption(pipe)
     threading.Thread(target=_outlive_no_parent, args=(interruption,), daemon=True).start()
     try:
@@ -55,6 +56,8 @@ def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
+        if _lost_a_process(error):
+            _die(signal.SIGKILL)
         if interruption.asked:
             # What it interrupted was cut in two; the parent queues the trial again.
             sys.exit(EXIT_INTERRUPTED)
@@ -72,6 +75,22 @@ def _die(number: int, frame: FrameType | None = None) -> None:
     if number != signal.SIGKILL:
         signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
+
+
+def _lost_a_process(error: BaseException | None) -> bool:
+    """Whether an error comes from a process of a DataLoader that was killed."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and _KILLED in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _begin_as_a_child() -> None:
+    """In what the task forks: it can be ended, and the threads of this process are not there."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)  # those of OpenMP, which would be waited for
 
 
 def set_up_libraries() -> None:
@@ -108,10 +127,9 @@ class _Interruption:
         self.orphaned = False  # told apart: the pipe may end a moment after the parent
         self._deferred = False
         self._pipe = pipe
-        self._process = os.getpid()
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process or not self._is_told():
+        if not self._is_told():
             _die(number)
         self.asked = True
         self._raise_if_asked()
@@ -141,7 +159,7 @@ class _Interruption:
             self._raise_if_asked()
             yield
         except TrainingError as error:
-            if _KILLED in str(error):
+            if _lost_a_process(error):
                 _die(signal.SIGKILL)
             raise
         finally:

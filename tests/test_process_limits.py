@@ -50,7 +50,7 @@ def test_what_fails_while_a_limit_is_set_is_put_down_to_it(
     error: Exception, reason: str | None
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (2**36, hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (2**30, hard))
     try:
         found = refused(error)
     finally:
@@ -58,7 +58,16 @@ def test_what_fails_while_a_limit_is_set_is_put_down_to_it(
     if reason is None:
         assert found is None
     else:
-        assert f"ulimit -d is 67108864, of KiB; too little to begin ({reason}" in str(found)
+        assert f"ulimit -d is 1048576, of KiB; too little to begin ({reason}" in str(found)
+
+
+def test_a_limit_that_is_ample_is_not_blamed() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (2**36, hard))
+    try:
+        assert refused(MemoryError("Unable to allocate 728. TiB")) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def test_without_a_limit_memory_is_not_blamed_on_one() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from collections.abc import Collection
@@ -105,14 +107,35 @@ class _Worker:
     Attributes:
         process: The process.
         pipe: To and from it.
+        end: A descriptor that is ready when it has ended, see `_end_of`.
         busy: Whether it was asked for a trial and has not ended it.
         trial: Number of that trial, once there is one.
     """
 
     process: BaseProcess
     pipe: Connection
+    end: int
     busy: bool = False
     trial: int | None = None
+
+    def close(self) -> None:
+        """Gives back what belongs to a process that has ended."""
+        self.pipe.close()
+        if self.end != self.process.sentinel:
+            os.close(self.end)
+        self.process.close()
+
+
+def _end_of(process: BaseProcess) -> int:
+    """A descriptor that is ready when a process has ended.
+
+    Its sentinel is a pipe, which those that it has forked, and left behind, hold open.
+    """
+    assert process.pid is not None
+    if sys.platform == "linux":
+        with suppress(OSError):  # a kernel before 5.3
+            return os.pidfd_open(process.pid)
+    return process.sentinel
 
 
 class _Crew:
@@ -141,7 +164,7 @@ class _Crew:
     def run(self) -> None:
         while self._assign():
             # Both, because a process that it left behind may hold the pipe open.
-            ends = [worker.process.sentinel for worker in self._workers]
+            ends = [worker.end for worker in self._workers]
             ready = set(wait([*ends, *(worker.pipe for worker in self._workers)]))
             self._attend(ready)
 
@@ -164,8 +187,7 @@ class _Crew:
                 trial = self._trial(worker.trial)
                 if trial.state == TrialState.RUNNING:
                     self._fail(trial, "interrupted", inherited(trial.user_attrs))
-            worker.pipe.close()
-            worker.process.close()
+            worker.close()
         self._workers.clear()
 
     @_whole()
@@ -189,7 +211,7 @@ class _Crew:
         here, there = context.Pipe()
         process = context.Process(target=self._target, args=(there,))
         process.start()
-        worker = _Worker(process, here)
+        worker = _Worker(process, here, _end_of(process))
         self._workers.append(worker)
         there.close()
         return worker
@@ -198,7 +220,7 @@ class _Crew:
     def _attend(self, ready: Collection[object]) -> None:
         """Hears those that have said something, and buries those that have ended."""
         for worker in list(self._workers):
-            ended = worker.process.sentinel in ready
+            ended = worker.end in ready
             if not self._listen(worker) or ended:
                 self._bury(worker)
 
@@ -237,8 +259,7 @@ class _Crew:
         worker.process.join()
         code = worker.process.exitcode or 0
         self._workers.remove(worker)
-        worker.pipe.close()
-        worker.process.close()
+        worker.close()
         trial = None if worker.trial is None else self._trial(worker.trial)
         if code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt

@@ -50,6 +50,17 @@ def _module_from_file(spec: str, path: Path) -> ModuleType:
     # Like a script: it may import its neighbours.
     sys.path.insert(0, str(path.parent.resolve()))
     name = _module_name(path)
+    try:
+        return _executed(spec, path, name)
+    except ImportError as error:
+        # A neighbour imports it in turn, and as a script it would get a copy of its own.
+        if name != path.stem or error.name != name:
+            raise
+        del sys.modules[name]
+        return _executed(spec, path, f"{_FILE_PREFIX}{path.stem}")
+
+
+def _executed(spec: str, path: Path, name: str) -> ModuleType:
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None  # a .py file has a loader
     assert found.loader is not None

@@ -94,19 +94,14 @@ class Attempt:
             return microbatch_size
         return max(1, min(microbatch_size, self.killed_microbatch // 2))
 
-    def most_evaluated(self, piece: int | None, *, microbatch_size: int) -> int | None:
-        """Most samples that a piece of an evaluation may hold.
-
-        Twice a microbatch that has trained fits as a rule, without gradients.
+    def most_evaluated(self, piece: int | None) -> int | None:
+        """Most samples that a piece of an evaluation may hold: at most half of what was killed.
 
         Args:
             piece: What it would be if nothing had been killed.
-            microbatch_size: What the attempt trains with.
         """
         killed = self.killed_evaluation
-        if killed is None:
-            return piece
-        return max(1, min(piece or killed, killed // 2, 2 * microbatch_size))
+        return piece if killed is None else max(1, min(piece or killed, killed // 2))
 
     def failed_sizes(self, *, fits: int) -> list[int]:
         """What the death says of memory, once a smaller microbatch has fitted: that it ran out."""

@@ -110,10 +110,10 @@ class MeasuredMemory:
                 with self._limit.active():
                     fits = self._train(size, batch)
         except Exception as error:  # in the task's own code, of which a trial will tell
-            fits = classify(error) is None
+            ran_out = classify(error) is not None
             _logger.info("no step of microbatch_size=%d was measured: %s", size, error)
             release(error)
-            return None if fits else math.inf
+            return math.inf if ran_out else None
         finally:
             gc.collect()
         return peak.bytes() if fits else math.inf

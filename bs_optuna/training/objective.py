@@ -246,7 +246,7 @@ class TrainingObjective:
             budget=self.budget,
             seed=seed,
             microbatch_size=size,
-            evaluation_batch_size=attempt.most_evaluated(pieces, microbatch_size=size),
+            evaluation_batch_size=attempt.most_evaluated(pieces),
             evaluation_killed=attempt.killed_evaluation is not None,
             short_of_memory=known.microbatch.fails is not None,
             evaluations=EVALUATIONS,

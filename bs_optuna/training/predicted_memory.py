@@ -139,12 +139,12 @@ class PredictedMemory:
         assert self._probe is not None
         traced = partial(self._probe.peak_bytes, batch_size=batch_size)
         half = size // 2
-        if half < FEWEST_SAMPLES or 2 * traced(size) <= available_bytes:
-            return False
-        measured = self._real_steps.peak_bytes(half, batch_size=batch_size)
-        if measured is None:
-            return False
         try:
+            if half < FEWEST_SAMPLES or 2 * traced(size) <= available_bytes:
+                return False
+            measured = self._real_steps.peak_bytes(half, batch_size=batch_size)
+            if measured is None:
+                return False
             expected = traced(half)
         except UntraceableError as error:
             _logger.info("%s", error)

@@ -62,4 +62,4 @@ def test_it_costs_one_attempt_of_the_study(tmp_path: Path) -> None:
         assert attributes.MICROBATCH_FAILS not in trial.user_attrs
     again = trials[0].user_attrs
     assert again[attributes.KILLED_EVALUATION] == 100
-    assert again[attributes.EVALUATION_FITS] == min(50, 2 * trials[0].params["batch_size"])
+    assert again[attributes.EVALUATION_FITS] == 50

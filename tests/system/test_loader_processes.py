@@ -17,6 +17,7 @@ from bs_optuna.study import open_study
 
 
 TASK = """
+import multiprocessing
 import os
 import signal
 import time
@@ -32,6 +33,9 @@ X = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
 PROCESSES = Path("processes")
 
 
+IN_WORKER = multiprocessing.parent_process() is not None
+
+
 class Raw(Dataset):
     def __len__(self):
         return len(X)
@@ -40,6 +44,10 @@ class Raw(Dataset):
         with PROCESSES.open("a") as file:
             file.write(f"{os.getpid()} ")
         time.sleep(float(os.environ.get("SLOW", 0)))
+        if IN_WORKER and index > 100 and os.path.exists("deadly reader"):
+            os.remove("deadly reader")
+            time.sleep(0.3)  # until it is waited for
+            os.kill(os.getpid(), signal.SIGKILL)
         return X[index], (X[index, 0] > 0).long()
 
 
@@ -48,7 +56,6 @@ class Read(Dataset):
     def __init__(self, indices):
         self.indices = indices
         self.samples = None
-        self.deadly = False
 
     def __len__(self):
         return len(self.indices)
@@ -68,10 +75,18 @@ class Read(Dataset):
 
 class Net(nn.Linear):
     def forward(self, x):
-        if self.training and len(x) == 32 and os.path.exists("deadly"):
-            os.remove("deadly")
-            os.kill(DATA.loader._workers[0].pid, signal.SIGKILL)
-            time.sleep(2)
+        if self.training and len(x) == 32:
+            if os.path.exists("deadly"):
+                os.remove("deadly")
+                os.kill(DATA.loader._workers[0].pid, signal.SIGKILL)
+                time.sleep(2)
+            if os.path.exists("deadly for all"):
+                os.remove("deadly for all")
+                helper = multiprocessing.Process(target=time.sleep, args=(100,))
+                helper.start()
+                with PROCESSES.open("a") as file:
+                    file.write(f"{helper.pid} ")
+                os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x)
 
 
@@ -94,17 +109,23 @@ pytestmark = [
 ]
 
 
-def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
     (folder / "read.py").write_text(TASK, encoding="utf-8")
-    return subprocess.Popen(
-        [sys.executable, "-m", "bs_optuna.tune", "read.py", *ARGUMENTS, *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    with (folder / "output").open("w") as output:  # a pipe is held open by what is left behind
+        return subprocess.Popen(
+            [sys.executable, "-m", "bs_optuna.tune", "read.py", *ARGUMENTS, *arguments],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def end(run: subprocess.Popen[bytes], folder: Path) -> str:
+    """What it has printed by its end."""
+    run.wait(timeout=120)
+    return (folder / "output").read_text()
 
 
 def processes(folder: Path) -> set[int]:
@@ -125,22 +146,31 @@ def wait_until_gone(found: set[int]) -> None:
     assert not alive(found)
 
 
-@pytest.mark.parametrize("arguments", [(), ("--isolate",), ("--workers", "2")])
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    ("arguments", "context"),
+    [
+        ((), "spawn"),
+        (("--isolate",), "fork"),
+        (("--isolate",), "spawn"),
+        (("--workers", "2"), "fork"),
+    ],
+)
 def test_they_read_for_any_kind_of_worker(
     arguments: tuple[str, ...], context: str, tmp_path: Path
 ) -> None:
     run = start(tmp_path, *arguments, CONTEXT=context)
-    output, _ = run.communicate(timeout=300)
+    output = end(run, tmp_path)
     assert run.returncode == 0, output
     assert "2 complete" in output
     wait_until_gone(processes(tmp_path))
 
 
-def test_one_that_is_killed_costs_an_attempt(tmp_path: Path) -> None:
-    (tmp_path / "deadly").touch()
+@pytest.mark.parametrize("deadly", ["deadly", "deadly for all"])
+def test_one_that_is_killed_costs_an_attempt(deadly: str, tmp_path: Path) -> None:
+    """Alone, or with its worker, of which another process is left."""
+    (tmp_path / deadly).touch()
     run = start(tmp_path, "--isolate")
-    output, _ = run.communicate(timeout=300)
+    output = end(run, tmp_path)
     assert run.returncode == 0, output
     killed, *others = open_study(
         storage=f"sqlite:///{tmp_path}/studies/read.db", name="read"
@@ -148,7 +178,19 @@ def test_one_that_is_killed_costs_an_attempt(tmp_path: Path) -> None:
     assert killed.state == TrialState.FAIL
     assert killed.user_attrs[attributes.PRUNE_REASON].startswith("killed by SIGKILL")
     assert [trial.state for trial in others] == [TrialState.COMPLETE] * 2
-    wait_until_gone(processes(tmp_path))
+    left = alive(processes(tmp_path))  # by a killed process, which nobody waits for
+    assert bool(left) == (deadly == "deadly for all")
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+
+
+def test_one_that_is_killed_before_any_trial_ends_no_study(tmp_path: Path) -> None:
+    (tmp_path / "deadly reader").touch()
+    run = start(tmp_path, "--isolate")
+    output = end(run, tmp_path)
+    assert run.returncode == 0, output
+    assert not (tmp_path / "deadly reader").exists()
+    assert "2 complete" in output
 
 
 def test_none_outlives_a_study_that_is_interrupted_while_they_begin(tmp_path: Path) -> None:
@@ -158,7 +200,7 @@ def test_none_outlives_a_study_that_is_interrupted_while_they_begin(tmp_path: Pa
         time.sleep(0.1)
     assert len(processes(tmp_path)) >= 2
     os.killpg(run.pid, signal.SIGINT)
-    output, _ = run.communicate(timeout=60)
+    output = end(run, tmp_path)
     assert run.returncode == 130, output
     assert "Traceback" not in output
     wait_until_gone(processes(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,16 @@ def test_a_task_without_a_name_takes_that_of_its_file(module: Path) -> None:
     )
     assert load_task(str(module)).name == module.stem
     assert load_task(f"{module.stem}:task").name == module.stem
+
+
+def test_a_neighbour_may_import_the_file_in_turn(module: Path) -> None:
+    neighbour = module.with_name(f"neighbour_{module.stem}.py")
+    neighbour.write_text(f"from {module.stem} import number\n")
+    module.write_text(f"import {neighbour.stem}\n{MODULE}")
+    assert load_task(f"{module}:build").name == "wine"
+
+
+def test_a_file_has_its_own_name_so_that_other_processes_find_it(module: Path) -> None:
+    module.write_text(f"{MODULE}\nclass Own: pass\n")
+    load_task(f"{module}:build")
+    assert sys.modules[module.stem].Own.__module__ == module.stem

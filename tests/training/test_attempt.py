@@ -68,9 +68,8 @@ def test_a_death_in_an_evaluation_leaves_the_microbatch_alone() -> None:
     attempt = Attempt.read(1, after_death(0, stored, signal="SIGKILL"), folder=None)
     assert attempt.most(16) == 16
     assert attempt.failed_sizes(fits=8) == []
-    assert attempt.most_evaluated(None, microbatch_size=16) == 32
-    assert attempt.most_evaluated(None, microbatch_size=100) == 128
-    assert attempt.most_evaluated(8, microbatch_size=100) == 8
+    assert attempt.most_evaluated(None) == 128
+    assert attempt.most_evaluated(8) == 8
 
 
 def test_what_killed_in_training_and_in_an_evaluation_are_both_kept() -> None:
@@ -79,7 +78,7 @@ def test_what_killed_in_training_and_in_an_evaluation_are_both_kept() -> None:
     stored = after_death(1, stored, signal="SIGKILL")
     attempt = Attempt.read(2, stored, folder=None)
     assert attempt.most(16) == 8
-    assert attempt.most_evaluated(None, microbatch_size=8) == 16
+    assert attempt.most_evaluated(None) == 32
     last = Attempt.read(3, after_death(2, stored, signal="SIGKILL"), folder=None)
     assert last.hopeless is not None
     assert last.hopeless.endswith(
@@ -90,7 +89,7 @@ def test_what_killed_in_training_and_in_an_evaluation_are_both_kept() -> None:
 def test_between_evaluations_a_death_was_in_training() -> None:
     stored = {attributes.MICROBATCH_SIZE: 16, attributes.EVALUATION_TRIED: 0}
     attempt = Attempt.read(1, after_death(0, stored, signal="SIGKILL"), folder=None)
-    assert (attempt.most(16), attempt.most_evaluated(64, microbatch_size=8)) == (8, 64)
+    assert (attempt.most(16), attempt.most_evaluated(64)) == (8, 64)
 
 
 def test_what_is_queued_again_as_it_was_keeps_its_count_but_no_file() -> None:
