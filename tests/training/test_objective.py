@@ -165,7 +165,7 @@ def test_a_single_sample_that_batch_norm_refuses_says_nothing_of_memory(
 ) -> None:
     objective = make_objective(make_task(model=lambda: Normed(2)), batch_size=(4, 64))
     refused = run_trial(objective, study, batch_size=5, lr=0.5)  # 2, 2 and 1
-    assert "batch normalization" in refused.user_attrs[attributes.PRUNE_REASON]
+    assert "BatchNorm cannot take the single sample" in refused.user_attrs[attributes.PRUNE_REASON]
     assert refused.user_attrs[attributes.MICROBATCH_FAILS] == 5
     trial = run_trial(objective, study, batch_size=8, lr=0.5)
     assert trial.state == TrialState.COMPLETE
@@ -177,7 +177,7 @@ def test_batch_norm_that_gets_a_single_sample_prunes(study: optuna.Study) -> Non
     with pytest.warns(UserWarning, match="convert_batch_norm"):
         trial = run_trial(objective, study, batch_size=8, lr=0.5)
     assert trial.state == TrialState.PRUNED
-    assert "batch normalization" in trial.user_attrs[attributes.PRUNE_REASON]
+    assert "BatchNorm cannot take the single sample" in trial.user_attrs[attributes.PRUNE_REASON]
 
 
 def test_exact_batch_norm_reaches_a_trial(study: optuna.Study) -> None:
