@@ -27,6 +27,7 @@ from bs_optuna.errors import EXIT_TERMINATED
 from bs_optuna.errors import ConfigError
 from bs_optuna.errors import TrainingError
 from bs_optuna.errors import UserError
+from bs_optuna.forks import end_forks_by_sigterm
 from bs_optuna.process_limits import check_limits
 from bs_optuna.process_limits import refused
 from bs_optuna.training.limit_environment import LIMIT_ENVIRONMENT
@@ -185,13 +186,10 @@ def _sigterm_as_ctrl_c(terminations: list[int]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # no signal is heard here
         return
-    process = os.getpid()
+    end_forks_by_sigterm()
     ctrl_c = signal.getsignal(signal.SIGINT)
 
     def terminate(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != process:  # a child of the task's, forked, such as one of a Pool
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
         if not terminations:  # timeout(1) sends it twice, and the second would cut the tidying up
             terminations.append(number)
             signal.raise_signal(signal.SIGINT)

@@ -19,6 +19,7 @@ from bs_optuna.config import StudyConfig
 from bs_optuna.errors import EXIT_INTERRUPTED
 from bs_optuna.errors import TrainingError
 from bs_optuna.errors import UserError
+from bs_optuna.forks import end_forks_by_sigterm
 
 
 # In PyTorch's error about a process of a DataLoader.
@@ -44,7 +45,7 @@ def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
     # A process that is spawned would spawn its own, such as those of a DataLoader of the task's,
     # which know nothing of a task that was read from a file.
     multiprocessing.set_start_method(None, force=True)  # the system's own
-    os.register_at_fork(after_in_child=_begin_as_a_child)
+    end_forks_by_sigterm()
     interruption = _Interruption(pipe)
     threading.Thread(target=_outlive_no_parent, args=(interruption,), daemon=True).start()
     try:
@@ -84,13 +85,6 @@ def _lost_a_process(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _begin_as_a_child() -> None:
-    """In what the task forks: it can be ended, and the threads of this process are not there."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)  # those of OpenMP, which would be waited for
 
 
 def set_up_libraries() -> None:

@@ -214,28 +214,31 @@ def _luckiest(study: optuna.Study, conclusion: Conclusion) -> list[str]:
 def _too_large(study: optuna.Study) -> list[str]:
     """What helps where trials did not fit into memory, however small the microbatch."""
     pruned = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
-    number = sum(map(is_out_of_memory, pruned))
-    if number == 0:
-        return []
-    count = f"{number} {'trial' if number == 1 else 'trials'}"
     limit = study.user_attrs.get(attributes.CONFIG, {}).get("memory_limit")
-    reasons = " ".join(trial.user_attrs.get(attributes.PRUNE_REASON, "") for trial in pruned)
-    if "shared memory" in reasons:
-        return [
-            "shared memory ran out, through which a DataLoader hands over batches: give it more "
-            "(/dev/shm; docker run --shm-size), or take fewer num_workers"
-        ]
-    if "BatchNorm cannot" in reasons:
-        return [
-            f"{count} left a single sample by itself, which BatchNorm cannot take: use "
-            "bs_optuna.training.convert_batch_norm, or larger microbatches"
-        ]
-    remedy = (
+    smaller = (
         "take a smaller model or shorter samples"
         if limit is None
         else f"raise --memory-limit, now {limit / 2**20:.4g}MiB, or take a smaller model"
     )
-    return [f"{count} did not fit into memory; {remedy}"]
+    counts = Counter(_what_ran_out(trial) for trial in pruned if is_out_of_memory(trial))
+    remedies = {
+        "shared memory": "found no shared memory, through which a DataLoader hands over batches; "
+        "give it more (/dev/shm; docker run --shm-size), or take fewer num_workers",
+        "samples": "left a single sample by itself, which BatchNorm cannot take; use "
+        "bs_optuna.training.convert_batch_norm, or larger microbatches",
+        "memory": f"did not fit into memory; {smaller}",
+    }
+    return [
+        f"{count} {'trial' if count == 1 else 'trials'} {remedies[what]}"
+        for what, count in counts.items()
+    ]
+
+
+def _what_ran_out(trial: FrozenTrial) -> str:
+    reason = trial.user_attrs.get(attributes.PRUNE_REASON, "")
+    if "shared memory" in reason:
+        return "shared memory"
+    return "samples" if "BatchNorm cannot" in reason else "memory"
 
 
 def _edges(tuning: Tuning, conclusion: Conclusion) -> list[str]:

@@ -8,6 +8,7 @@ import gc
 import sys
 from collections.abc import Callable
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 from typing import TypeVar
 
@@ -24,9 +25,12 @@ def own_copy(function: _Function, memo: dict[int, Any]) -> _Function:
     """A copy of a loss or metric that keeps tensors of its own, as a running mean; else itself.
 
     Args:
-        function: What is called; a plain function is not copied.
+        function: What is called; a plain function is not copied, nor a method, whose object may
+            hold anything, such as the data.
         memo: As in ``copy.deepcopy``: what stands for objects that are not to be copied.
     """
+    if isinstance(function, MethodType):
+        return function
     try:
         return copy.deepcopy(function, memo)
     except Exception:  # what cannot be copied is used as it is

@@ -304,8 +304,8 @@ def test_trials_that_do_not_fit_come_with_the_remedy(
 @pytest.mark.parametrize(
     ("reason", "remedy"),
     [
-        ("unable to allocate shared memory(shm) for file </torch_1>", "take fewer num_workers"),
-        ("BatchNorm cannot take the single sample that", "2 trials left a single sample by itself"),
+        ("unable to allocate shared memory(shm) for file </torch_1>", "found no shared memory"),
+        ("BatchNorm cannot take the single sample that", "left a single sample by itself"),
     ],
 )
 def test_what_a_smaller_model_would_not_help_has_its_own_remedy(
@@ -320,5 +320,10 @@ def test_what_a_smaller_model_would_not_help_has_its_own_remedy(
 
     study.optimize(refused, n_trials=2)
     text = " ".join(shown(summary(replace(tuning, study=study), None)).split())
-    assert remedy in text
+    assert f"note 2 trials {remedy}" in text
     assert "smaller model" not in text
+    reason = "Out of memory (cpu)"
+    study.optimize(refused, n_trials=1)
+    text = " ".join(shown(summary(replace(tuning, study=study), None)).split())
+    assert f"2 trials {remedy}" in text
+    assert "1 trial did not fit into memory; take a smaller model" in text

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from bs_optuna.training import TrainingTask
 
@@ -44,7 +44,7 @@ class Raw(Dataset):
         with PROCESSES.open("a") as file:
             file.write(f"{os.getpid()} ")
         time.sleep(float(os.environ.get("SLOW", 0)))
-        if IN_WORKER and index > 100 and os.path.exists("deadly reader"):
+        if IN_WORKER and index == 150 and os.path.exists("deadly reader"):
             os.remove("deadly reader")
             time.sleep(0.3)  # until it is waited for
             os.kill(os.getpid(), signal.SIGKILL)

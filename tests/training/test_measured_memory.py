@@ -19,6 +19,7 @@ from bs_optuna.training import Budget
 from bs_optuna.training import TrainingObjective
 from bs_optuna.training import TrainingTask
 from bs_optuna.training import measured_memory
+from bs_optuna.training.fake_leftovers import own_copy
 from bs_optuna.training.limit import NoLimit
 from bs_optuna.training.measured_memory import MeasuredMemory
 from bs_optuna.training.predicted_memory import PredictedMemory
@@ -61,6 +62,7 @@ def test_no_model_is_left_behind() -> None:
 
     def model() -> nn.Module:
         made = nn.Linear(16, 10)
+        made.itself = [made]  # a cycle, as in a model whose parts know it
         models.append(weakref.ref(made))
         return made
 
@@ -125,9 +127,11 @@ class Told(NoLimit):
 
 def test_a_split_that_only_measures_is_not_warned_of() -> None:
     model = lambda: nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))  # noqa: E731
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert measured(make_task(model=model)).begun
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        memory = measured(make_task(model=model))
+    assert memory.peak_bytes(64, batch_size=256) is not None  # in two microbatches
+    assert not found
 
 
 def test_code_that_fails_on_few_samples_says_nothing_of_memory() -> None:
@@ -150,6 +154,17 @@ def test_what_ran_out_of_memory_is_more_than_any_limit() -> None:
     assert memory.largest_fitting(2**40, batch_size=256, most=256) == 16
     assert memory.peak_bytes(32, batch_size=256) == float("inf")
     assert memory.expected_bytes(16, batch_size=256) < float("inf")
+
+
+def test_not_even_one_sample_that_fits_is_a_verdict_too() -> None:
+    class Never(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch.empty(2**55)
+            return super().forward(x)
+
+    memory = MeasuredMemory(make_task(model=lambda: Never(16, 10)), device=CPU, limit=NoLimit())
+    assert memory.largest_fitting(2**40, batch_size=256, most=256) == 1
+    assert memory.expected_bytes(1, batch_size=256) == float("inf")
 
 
 def test_a_half_that_runs_out_of_memory_contradicts_the_prediction() -> None:
@@ -209,3 +224,12 @@ def test_no_fake_tensor_stays_where_the_training_finds_it(changes: dict[str, Any
     for tensor in (positions(256), positions(512), *kept):
         assert type(tensor) is torch.Tensor
         assert tensor.sum().item() >= 0
+
+
+def test_the_object_of_a_method_is_not_copied() -> None:
+    class Holder:
+        def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return nn.functional.cross_entropy(outputs, targets)
+
+    holder = Holder()
+    assert own_copy(holder.loss, {}).__self__ is holder  # type: ignore[attr-defined]
