@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 
 from optuna.trial import BaseTrial
 from optuna.trial import FrozenTrial
@@ -29,6 +24,7 @@ from bs_optuna.sampling import attributes
 from bs_optuna.study.tuning import Ended
 from bs_optuna.study.tuning import Tuning
 from bs_optuna.study.tuning import nothing_fits
+from bs_optuna.study.worker_process import WorkerProcess
 from bs_optuna.training.attempt import after_death
 from bs_optuna.training.attempt import inherited
 
@@ -100,44 +96,6 @@ def _whole() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-@dataclass(eq=False)
-class _Worker:
-    """A worker process.
-
-    Attributes:
-        process: The process.
-        pipe: To and from it.
-        end: A descriptor that is ready when it has ended, see `_end_of`.
-        busy: Whether it was asked for a trial and has not ended it.
-        trial: Number of that trial, once there is one.
-    """
-
-    process: BaseProcess
-    pipe: Connection
-    end: int
-    busy: bool = False
-    trial: int | None = None
-
-    def close(self) -> None:
-        """Gives back what belongs to a process that has ended."""
-        self.pipe.close()
-        if self.end != self.process.sentinel:
-            os.close(self.end)
-        self.process.close()
-
-
-def _end_of(process: BaseProcess) -> int:
-    """A descriptor that is ready when a process has ended.
-
-    Its sentinel is a pipe, which those that it has forked, and left behind, hold open.
-    """
-    assert process.pid is not None
-    if sys.platform == "linux":
-        with suppress(OSError):  # a kernel before 5.3
-            return os.pidfd_open(process.pid)
-    return process.sentinel
-
-
 class _Crew:
     """The workers of one study and what they are at."""
 
@@ -157,7 +115,7 @@ class _Crew:
         self._deadline = deadline
         self._started = started
         self._ended = ended
-        self._workers: list[_Worker] = []
+        self._workers: list[WorkerProcess] = []
         self._deaths = 0  # in a row, before any trial
         self._stopped = False
 
@@ -206,14 +164,9 @@ class _Crew:
                     worker.pipe.send(True)
         return busy > 0
 
-    def _start(self) -> _Worker:
-        context = multiprocessing.get_context("spawn")
-        here, there = context.Pipe()
-        process = context.Process(target=self._target, args=(there,))
-        process.start()
-        worker = _Worker(process, here, _end_of(process))
+    def _start(self) -> WorkerProcess:
+        worker = WorkerProcess.start(self._target)
         self._workers.append(worker)
-        there.close()
         return worker
 
     @_whole()
@@ -224,7 +177,7 @@ class _Crew:
             if not self._listen(worker) or ended:
                 self._bury(worker)
 
-    def _listen(self, worker: _Worker) -> bool:
+    def _listen(self, worker: WorkerProcess) -> bool:
         """Hears all that the worker has said; False if that was its last word."""
         while True:
             try:
@@ -235,7 +188,7 @@ class _Crew:
                 return False
             self._hear(worker, event, what)
 
-    def _hear(self, worker: _Worker, event: str, what: int | str) -> None:
+    def _hear(self, worker: WorkerProcess, event: str, what: int | str) -> None:
         if event == "failed":
             raise WorkerError(what)
         if event == "raised":
@@ -254,7 +207,7 @@ class _Crew:
         self._ended(self._tuning.study, trial)
         self._stopped = self._stopped or nothing_fits(self._tuning.study)
 
-    def _bury(self, worker: _Worker) -> None:
+    def _bury(self, worker: WorkerProcess) -> None:
         """Puts in order what a process has left that ended by itself."""
         worker.process.join()
         code = worker.process.exitcode or 0

@@ -30,7 +30,6 @@ from bs_optuna.training.memory_limit import memory_limit as limit_memory
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
-from bs_optuna.training.random_states import kept_random_states
 from bs_optuna.training.random_states import private_random_state
 from bs_optuna.training.rehearsal import load_optimizers
 from bs_optuna.training.rehearsal import rehearse
@@ -231,8 +230,7 @@ class TrainingObjective:
         predicted = self._starting_sizes.predicted(batch_size)
         largest = self._microbatch_size
         if largest == "fastest":
-            with kept_random_states(self.device):
-                largest = self._starting_sizes.measure(known.microbatch).smallest_fast
+            largest = self._starting_sizes.measure(known.microbatch).smallest_fast
         most = attempt.most(min(batch_size, largest or batch_size))
         size = known.microbatch.start(most, predicted=predicted.microbatch)
         # What was measured here has run here.
@@ -297,9 +295,8 @@ class TrainingObjective:
         # without.
         up_to = self._starting_sizes.up_to(batch_size)
         measure = measure and known.leaves_open(up_to) and not known.deaths
-        with kept_random_states(self.device):
-            if self._starting_sizes.predict(batch_size, measure=measure):
-                known = self._said(study, batch_size)  # by others in the meantime
+        if self._starting_sizes.predict(batch_size, measure=measure):
+            known = self._said(study, batch_size)  # by others in the meantime
         return known
 
     def _said(self, study: optuna.Study, batch_size: int) -> KnownSizes:

@@ -11,6 +11,7 @@ from bs_optuna.science.memory import MicrobatchBounds
 from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.predicted_memory import FittingSizes
 from bs_optuna.training.predicted_memory import PredictedMemory
+from bs_optuna.training.random_states import kept_random_states
 from bs_optuna.training.task import TrainingTask
 from bs_optuna.training.throughput import Throughput
 from bs_optuna.training.throughput import measure_throughput
@@ -71,7 +72,8 @@ class StartingSizes:
         available = available_bytes(self._device, self._limit.limit_bytes)
         found = FittingSizes()
         if available is not None:
-            with as_limited(self._device, self._limit.limit_bytes):
+            limit_bytes = self._limit.limit_bytes
+            with as_limited(self._device, limit_bytes), kept_random_states(self._device):
                 most = max(up_to, batch_size)
                 found = self._memory.largest_fitting(
                     available,
@@ -101,13 +103,14 @@ class StartingSizes:
             self.predict(self._batch_size, measure=False)  # which is what follows
             predicted = self.predicted(self._batch_size).microbatch
             most = known.start(self._batch_size, predicted=predicted)
-            self.measured = measure_throughput(
-                self._task,
-                device=self._device,
-                limit=self._limit,
-                batch_size=self._batch_size,
-                most=most,
-            )
+            with kept_random_states(self._device):
+                self.measured = measure_throughput(
+                    self._task,
+                    device=self._device,
+                    limit=self._limit,
+                    batch_size=self._batch_size,
+                    most=most,
+                )
         return self.measured
 
 

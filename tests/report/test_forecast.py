@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from children import run_python
+from plain_task import plain_task
 from rich.console import Console
-from torch import nn
 
 from bs_optuna.config import StudyConfig
 from bs_optuna.errors import ConfigError
@@ -24,15 +24,7 @@ WIDE_TASK = Path(__file__).parents[1] / "system" / "wide_task.py"
 
 
 def make_task(**changes: Any) -> TrainingTask:
-    data = (torch.randn(512, 16), torch.zeros(512, dtype=torch.long))
-    arguments: dict[str, Any] = {
-        "name": "plain",
-        "model": lambda: nn.Sequential(nn.Linear(16, 4096), nn.ReLU(), nn.Linear(4096, 10)),
-        "train_data": data,
-        "valid_data": data,
-        "loss": nn.functional.cross_entropy,
-    }
-    return TrainingTask(**{**arguments, **changes})
+    return plain_task(512, **changes)
 
 
 def rows(task: TrainingTask, **settings: Any) -> list[list[str]]:

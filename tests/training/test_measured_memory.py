@@ -13,6 +13,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from plain_task import plain_task
 from torch import nn
 
 from bs_optuna.training import Budget
@@ -41,14 +42,7 @@ def looks(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def make_task(**changes: Any) -> TrainingTask:
-    data = (torch.randn(256, 16), torch.zeros(256, dtype=torch.long))
-    arguments: dict[str, Any] = {
-        "model": lambda: nn.Sequential(nn.Linear(16, 4096), nn.ReLU(), nn.Linear(4096, 10)),
-        "train_data": data,
-        "valid_data": data,
-        "loss": looks,
-    }
-    return TrainingTask(**{**arguments, **changes})
+    return plain_task(**{"loss": looks, **changes})
 
 
 def measured(task: TrainingTask, *, most: int = 256) -> MeasuredMemory:

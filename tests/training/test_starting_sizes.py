@@ -11,6 +11,7 @@ import optuna
 import pytest
 import torch
 from children import run_limited
+from plain_task import plain_task
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -28,17 +29,6 @@ from bs_optuna.training.starting_sizes import StartingSizes
 CPU = torch.device("cpu")
 MIB = 2**20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel enforces it on Linux only")
-
-
-def make_task(**changes: Any) -> TrainingTask:
-    data = (torch.randn(256, 16), torch.zeros(256, dtype=torch.long))
-    arguments: dict[str, Any] = {
-        "model": lambda: nn.Sequential(nn.Linear(16, 4096), nn.ReLU(), nn.Linear(4096, 10)),
-        "train_data": data,
-        "valid_data": data,
-        "loss": nn.functional.cross_entropy,
-    }
-    return TrainingTask(**{**arguments, **changes})
 
 
 class Told(NoLimit):
@@ -62,7 +52,7 @@ def predicted_for(sizes: StartingSizes, batch_size: int) -> FittingSizes:
 
 
 def test_without_a_limit_nothing_is_predicted() -> None:
-    assert predicted(make_task(), NoLimit()) == FittingSizes(None, None)
+    assert predicted(plain_task(), NoLimit()) == FittingSizes(None, None)
 
 
 class Samples(Dataset[Any]):
@@ -76,27 +66,27 @@ class Samples(Dataset[Any]):
 
 
 def test_nothing_is_drawn_before_something_is_predicted() -> None:
-    task = make_task(train_data=Samples(), valid_data=Samples())
+    task = plain_task(train_data=Samples(), valid_data=Samples())
     state = torch.get_rng_state()
     StartingSizes(task, device=CPU, limit=Told(8 * MIB), batch_size=256)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_larger_limit_holds_more() -> None:
-    small, large = (predicted(make_task(), Told(mib * MIB)) for mib in (5, 8))
+    small, large = (predicted(plain_task(), Told(mib * MIB)) for mib in (5, 8))
     assert small.microbatch is not None
     assert large.microbatch is not None
     assert 0 < small.microbatch < large.microbatch <= 256
     assert small.evaluation is not None
     assert small.evaluation > small.microbatch
-    assert predicted(make_task(), Told(MIB)) == FittingSizes(0, 0)
-    assert predicted(make_task(), Told(1024 * MIB)) == FittingSizes(256, 512)
+    assert predicted(plain_task(), Told(MIB)) == FittingSizes(0, 0)
+    assert predicted(plain_task(), Told(1024 * MIB)) == FittingSizes(256, 512)
 
 
 def test_a_batch_that_is_too_large_itself_says_nothing_of_smaller_ones() -> None:
     """Samples of 256 KiB: of 256 the batch alone is more than the limit."""
     data = (torch.randn(1, 65536).expand(256, -1), torch.zeros(256, dtype=torch.long))
-    task = make_task(train_data=data, valid_data=data, model=lambda: nn.Linear(65536, 2))
+    task = plain_task(train_data=data, valid_data=data, model=lambda: nn.Linear(65536, 2))
     sizes = StartingSizes(task, device=CPU, limit=Told(40 * MIB), batch_size=256)
     assert predicted_for(sizes, 256).microbatch == 0
     assert predicted_for(sizes, 33).microbatch == 64
@@ -112,7 +102,7 @@ def test_a_prediction_uses_the_kernels_of_the_limit_and_turns_the_others_on_agai
         seen.append(torch.backends.mkldnn.enabled)
         return nn.Linear(16, 10)
 
-    predicted(make_task(model=model), Told(8 * MIB))
+    predicted(plain_task(model=model), Told(8 * MIB))
     assert seen == [False]
     assert torch.backends.mkldnn.enabled
 
@@ -120,7 +110,7 @@ def test_a_prediction_uses_the_kernels_of_the_limit_and_turns_the_others_on_agai
 def test_a_size_that_alone_cannot_be_traced_is_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    half = (predicted(make_task(), Told(8 * MIB)).microbatch or 0) // 2
+    half = (predicted(plain_task(), Told(8 * MIB)).microbatch or 0) // 2
     monkeypatch.setattr(measured_memory, "is_prepared", lambda: True)  # about, not exactly
 
     class Looks(nn.Linear):
@@ -128,7 +118,7 @@ def test_a_size_that_alone_cannot_be_traced_is_measured(
             return super().forward(x if len(x) != half or x.sum().item() > -1e9 else -x)
 
     model = lambda: nn.Sequential(Looks(16, 4096), nn.ReLU(), nn.Linear(4096, 10))  # noqa: E731
-    found = predicted(make_task(model=model), Told(8 * MIB))
+    found = predicted(plain_task(model=model), Told(8 * MIB))
     assert found.microbatch is not None
     assert 1 <= found.microbatch < 256
 
@@ -142,7 +132,7 @@ def test_what_is_measured_asks_no_metric(monkeypatch: pytest.MonkeyPatch) -> Non
             raise ValueError("too few")
         return outputs.mean()
 
-    task = make_task(loss=looks_at_values, metrics={"many": needs_many}, objective="many")
+    task = plain_task(loss=looks_at_values, metrics={"many": needs_many}, objective="many")
     assert predicted(task, Told(8 * MIB)).microbatch is not None
 
 
@@ -155,21 +145,21 @@ def test_what_cannot_be_traced_is_logged_and_left_to_back_off(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.INFO, logger="bs_optuna"):
-        sizes = predicted(make_task(loss=looks_at_values), Told(8 * MIB))
+        sizes = predicted(plain_task(loss=looks_at_values), Told(8 * MIB))
     assert sizes == FittingSizes(None, None)
     assert "Memory cannot be predicted: DataDependentOutputException" in caplog.text
 
 
 def test_an_evaluation_that_cannot_be_traced_leaves_the_microbatch() -> None:
     item = lambda outputs, targets: torch.tensor(outputs.sum().item())  # noqa: E731
-    sizes = predicted(make_task(metrics={"item": item}), Told(8 * MIB))
-    assert sizes == FittingSizes(predicted(make_task(), Told(8 * MIB)).microbatch, None)
+    sizes = predicted(plain_task(metrics={"item": item}), Told(8 * MIB))
+    assert sizes == FittingSizes(predicted(plain_task(), Told(8 * MIB)).microbatch, None)
 
 
 def test_what_was_seen_comes_before_what_was_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StartingSizes, "predicted", lambda self, batch_size: FittingSizes(40, 100))
     objective = TrainingObjective(
-        make_task(), budget=Budget("steps", 1), batch_size=(8, 256), device=CPU
+        plain_task(), budget=Budget("steps", 1), batch_size=(8, 256), device=CPU
     )
     study = optuna.create_study()
 
