@@ -91,9 +91,9 @@ class PredictedMemory:
         self.measured = True
         if measured == most:
             return FittingSizes(measured, traced.evaluation)
-        # Without gradients twice as much fits as a rule.
-        pieces = 2 * measured if traced.evaluation is None else traced.evaluation
-        return FittingSizes(measured, min(pieces, 2 * measured))
+        # Gradients and optimizer state are there too: twice as much would not always fit.
+        pieces = measured if traced.evaluation is None else traced.evaluation
+        return FittingSizes(measured, min(pieces, measured))
 
     def peak_bytes(self, microbatch_size: int, *, batch_size: int) -> float:
         """Most bytes held at a time while a batch is trained on in microbatches of a size.

@@ -235,7 +235,9 @@ def check_study(found: dict[str, Any], samples: int) -> None:
 )
 def test_what_fake_tensors_do_not_tell_is_measured(model: str, optimizer: str, mib: int) -> None:
     """Code that depends on data, and an operation that takes as much again inside itself."""
-    check_study(study_under(model, optimizer, mib, 512), 512)
+    found = study_under(model, optimizer, mib, 512)
+    check_study(found, 512)
+    assert found["failed evaluations"] == 0, found
 
 
 @linux
