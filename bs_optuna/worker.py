@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -22,6 +23,9 @@ from bs_optuna.errors import UserError
 from bs_optuna.forks import end_forks_by_sigterm
 
 
+# How much likelier than its parent a worker is killed when memory is short, in thousandths of all
+# the memory there is.
+_OOM_SCORE = 500
 # In PyTorch's error about a process of a DataLoader.
 _KILLED = "is killed by signal: Killed"
 
@@ -46,6 +50,7 @@ def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
     # which know nothing of a task that was read from a file.
     multiprocessing.set_start_method(None, force=True)  # the system's own
     end_forks_by_sigterm()
+    _offer_itself()
     interruption = _Interruption(pipe)
     threading.Thread(target=_outlive_no_parent, args=(interruption,), daemon=True).start()
     try:
@@ -67,6 +72,13 @@ def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
         # Here, because tracebacks cannot be sent; the parent adds the line.
         traceback.print_exception(error.__cause__)
         _tell(pipe, "raised", str(error))
+
+
+def _offer_itself() -> None:
+    """Makes Linux kill this process rather than its parent, whose death would end the study."""
+    score = Path("/proc/self/oom_score_adj")
+    with suppress(OSError, ValueError):  # another system
+        score.write_text(str(min(1000, int(score.read_text()) + _OOM_SCORE)))
 
 
 def _die(number: int, frame: FrameType | None = None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from dataclasses import replace
 
@@ -14,11 +13,13 @@ from bs_optuna.config import StudyConfig
 from bs_optuna.errors import ConfigError
 from bs_optuna.science.accumulation import AccumulationPlan
 from bs_optuna.study.device import device_named
+from bs_optuna.training.host_memory import total_host_bytes
 from bs_optuna.training.limit_environment import is_prepared
 from bs_optuna.training.memory_limit import memory_limit
 from bs_optuna.training.objective import default_device
 from bs_optuna.training.predicted_memory import PredictedMemory
 from bs_optuna.training.random_states import kept_random_states
+from bs_optuna.training.starting_sizes import PART_OF_HOST
 from bs_optuna.training.starting_sizes import as_limited
 from bs_optuna.training.starting_sizes import available_bytes
 from bs_optuna.training.task import TrainingTask
@@ -42,8 +43,8 @@ class Forecast:
 def forecast(config: StudyConfig, task: TrainingTask) -> Table:
     """The table of the powers of two in the range of batch sizes, and of its ends.
 
-    Where there is a limit, or a GPU, it is what a study would begin with, found as it would find
-    it: a few real steps may be taken, of models that are thrown away.
+    It is what a study would begin with, found as it would find it: where there is a limit, or a
+    GPU, a few real steps may be taken, of models that are thrown away.
 
     Raises:
         UntraceableError: The task cannot be followed without running it, nor measured.
@@ -52,15 +53,14 @@ def forecast(config: StudyConfig, task: TrainingTask) -> Table:
     if config.optimizer is not None:
         task = replace(task, optimizer=config.optimizer)
     device = device_named(config.device) or default_device()
-    memory = _memory(device, config.memory_limit)
+    memory = _memory(device, config)
     measure = _can_measure(device, config.memory_limit)
     limit = memory_limit(device, config.memory_limit if measure else None)
     predicted = PredictedMemory(task, device=device, limit=limit)
     with as_limited(device, config.memory_limit), kept_random_states(device):
         rows = _forecasts(config, predicted, memory, measure=measure)
-    kind = "limit" if config.memory_limit is not None else "memory"
     how = "Measured" if predicted.measured else "Predicted"
-    title = f"{how} memory of {task.name} on {device}, {kind} {_mib(memory)}"
+    title = f"{how} memory of {task.name} on {device}, {_described(memory, device, config)}"
     if task.longest is not None:
         title += ", all samples as long as the longest"
     table = Table(title=title, title_justify="left")
@@ -93,24 +93,40 @@ def _forecasts(
 
 def _can_measure(device: torch.device, limit_bytes: int | None) -> bool:
     """Whether a study would take real steps to see what fits, and this machine has the memory."""
-    if limit_bytes is None or device.type not in ("cpu", "cuda"):
-        return device.type == "cuda"
-    prepared = device.type == "cuda" or is_prepared()
-    return prepared and limit_bytes <= _memory(device, None)
+    if device.type == "cpu" and limit_bytes is not None:
+        return is_prepared() and not _is_elsewhere(device, limit_bytes)
+    return device.type == "cuda"
 
 
-def _memory(device: torch.device, limit_bytes: int | None) -> int:
-    """What there is: the limit, or what the device has left, or the memory of the machine."""
-    available = available_bytes(device, limit_bytes)
+def _memory(device: torch.device, config: StudyConfig) -> int:
+    """What a study would plan with: the limit, or its share of what the device has left."""
+    if config.memory_limit is not None and _is_elsewhere(device, config.memory_limit):
+        return config.memory_limit
+    processes = max(1, config.worker_processes)
+    available = available_bytes(device, config.memory_limit, processes=processes)
     if available is not None:
         return available
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    if device.type == "cpu" and hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cpu" and (total := total_host_bytes()) is not None:
+        return total
     raise ConfigError(
         f"device={device}; how much memory it has is unknown here: add --memory-limit."
     )
+
+
+def _is_elsewhere(device: torch.device, limit_bytes: int) -> bool:
+    """Whether a limit is that of another machine, which has more memory than this one."""
+    total = total_host_bytes()
+    return device.type == "cpu" and total is not None and limit_bytes > total
+
+
+def _described(memory: int, device: torch.device, config: StudyConfig) -> str:
+    if config.memory_limit is not None:
+        return f"limit {_mib(memory)}"
+    share = f"{100 * PART_OF_HOST:.0f} % of " if device.type == "cpu" else ""
+    workers = f", for each of {config.workers} workers" if (config.workers or 1) > 1 else ""
+    return f"planned for {_mib(memory)} ({share}what is free{workers})"
 
 
 def _mib(size: float) -> str:

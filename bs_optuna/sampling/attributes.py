@@ -41,6 +41,7 @@ KILLED_BY = "killed_by"  # str, name of the signal that ended the attempt before
 KILLED_MICROBATCH = "killed_microbatch"  # int, its microbatch size, if that was in training
 EVALUATION_TRIED = "evaluation_tried"  # int, piece of the evaluation it is at; 0 between them
 KILLED_EVALUATION = "killed_evaluation"  # int, piece of the evaluation that one died in
+KILLED_EARLY = "killed_early"  # bool, whether one died before it trained, by looking ahead maybe
 CHECKPOINT = "checkpoint"  # str, name of the file that all attempts share
 
 # Of a study.

@@ -203,6 +203,31 @@ def largest_from_below(
     return None
 
 
+def fits_surely(
+    peak_bytes: Callable[[int], float | None], limit_bytes: float, *, least: int, most: int
+) -> bool:
+    """Whether a small size, or a few, tell already that the largest is within a limit.
+
+    Peak memory is the most of several amounts, each with a fixed part and one that goes with the
+    size; so of n times the size it is at most n times as much. The size is doubled while that may
+    tell, up to an eighth of the largest and as long as twice the peak is within the limit.
+
+    Args:
+        peak_bytes: Peak memory of a size; None where it cannot be found out.
+        limit_bytes: What must not be exceeded.
+        least: The size to begin with.
+        most: The largest size.
+    """
+    size = least
+    while (peak := peak_bytes(size)) is not None:
+        if peak * most / size <= limit_bytes:
+            return True
+        if 16 * size > most or 2 * peak > limit_bytes:
+            return False
+        size *= 2
+    return False
+
+
 def on_the_line(size: int, peak_bytes: Mapping[int, float]) -> float:
     """The peak of a size from those of others: on the line through the two next to it.
 

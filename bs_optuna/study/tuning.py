@@ -191,6 +191,7 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
             device=device_named(config.device),
             seed=config.seed,
             checkpoints=checkpoints,
+            processes=max(1, config.worker_processes),
         )
     name = config.study or task.name
     storage = storage_of(config, task)

@@ -261,7 +261,9 @@ class _Crew:
 def _place_of_death(trial: FrozenTrial) -> str:
     if piece := trial.user_attrs.get(attributes.EVALUATION_TRIED):
         return f"evaluating in pieces of {piece}"
-    return f"with microbatch_size={trial.user_attrs.get(attributes.MICROBATCH_SIZE, 'unknown')}"
+    if (size := trial.user_attrs.get(attributes.MICROBATCH_SIZE)) is not None:
+        return f"with microbatch_size={size}"
+    return "before it trained"
 
 
 def _signal_name(number: int) -> str:

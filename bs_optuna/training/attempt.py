@@ -21,6 +21,7 @@ _INHERITED = (
     attributes.KILLED_BY,
     attributes.KILLED_MICROBATCH,
     attributes.KILLED_EVALUATION,
+    attributes.KILLED_EARLY,
 )
 
 
@@ -147,6 +148,8 @@ def after_death(number: int, stored: Mapping[str, Any], *, signal: str) -> dict[
         found[attributes.KILLED_EVALUATION] = stored[attributes.EVALUATION_TRIED]
     elif attributes.MICROBATCH_SIZE in stored:
         found[attributes.KILLED_MICROBATCH] = stored[attributes.MICROBATCH_SIZE]
+    else:
+        found[attributes.KILLED_EARLY] = True
     if attributes.CHECKPOINT in stored:
         found[attributes.CHECKPOINT] = stored[attributes.CHECKPOINT]
     return found

@@ -40,16 +40,35 @@ class KnownSizes:
         evaluation: Samples in a piece of an evaluation that fits where a larger one did not.
         claims: What is being tried in training.
         deaths: Whether a worker was killed, in any trial of the study.
+        early_deaths: Whether one was before it trained: by what was done to look ahead, maybe.
     """
 
     microbatch: MicrobatchBounds
     evaluation: int | None
     claims: tuple[Claim, ...] = ()
     deaths: bool = False
+    early_deaths: bool = False
+
+    def start(self, most: int, *, predicted: int | None) -> int:
+        """The microbatch size to begin with; see `MicrobatchBounds.start`.
+
+        Once a size has killed a worker and a smaller one has fitted, nothing beyond that is tried:
+        it would cost another worker, and a prediction that was wrong before may be so again.
+
+        Args:
+            most: Most samples that it may hold.
+            predicted: The largest size that is predicted to fit; None if nothing is.
+        """
+        if self.deaths and self.microbatch.fails is not None and self.microbatch.fits > 0:
+            return min(most, self.microbatch.fits)
+        return self.microbatch.start(most, predicted=predicted)
 
     def leaves_open(self, batch_size: int) -> bool:
         """Whether a batch of a size, as a whole, has neither fitted nor is known not to."""
         return self.microbatch.fails is None and self.microbatch.fits < batch_size
+
+
+NOTHING_KNOWN = KnownSizes(MicrobatchBounds(), None)
 
 
 def learned(
@@ -95,6 +114,7 @@ def known_sizes(
         min((size for size in pieces if size is not None), default=None),
         tuple(_claims(alike)),
         any(attributes.KILLED_BY in trial.user_attrs for trial in trials),
+        any(attributes.KILLED_EARLY in trial.user_attrs for trial in trials),
     )
 
 

@@ -7,7 +7,6 @@ PyTorch's allocator fails for real.
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import threading
 import warnings
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 
+from bs_optuna.training.host_memory import total_host_bytes
 from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.limit import check_limit
 from bs_optuna.training.limit_environment import LIMIT_ENVIRONMENT
@@ -43,7 +43,7 @@ class LinuxCpuLimit(MemoryLimit):
         limit_bytes: Bytes that the process may map beyond what it had when the trial began.
 
     Raises:
-        ConfigError: The limit is not positive or exceeds the machine's memory.
+        ConfigError: The limit is not positive or exceeds the memory of the machine or container.
     """
 
     # Per thread, the size of the OpenMP team that has run. Memory refused in a first operation
@@ -51,8 +51,8 @@ class LinuxCpuLimit(MemoryLimit):
     _warm = threading.local()
 
     def __init__(self, limit_bytes: int) -> None:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        check_limit(limit_bytes, total, "the machine has")
+        total = total_host_bytes()
+        check_limit(limit_bytes, total or limit_bytes, "the machine or container has")
         if not is_prepared():
             settings = " ".join(f"{name}={value}" for name, value in LIMIT_ENVIRONMENT.items())
             warnings.warn(

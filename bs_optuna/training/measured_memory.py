@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import sys
 import warnings
 from functools import cached_property
 from functools import partial
@@ -12,14 +13,18 @@ from typing import Any
 
 import torch
 
+from bs_optuna.science.memory import fits_surely
 from bs_optuna.science.memory import largest_from_below as search
 from bs_optuna.science.memory import on_the_line
 from bs_optuna.training.batches import batch_length
 from bs_optuna.training.batches import take
+from bs_optuna.training.cutting import sample_lengths
 from bs_optuna.training.data import bytes_per_sample
+from bs_optuna.training.data import evaluation_batches
 from bs_optuna.training.data import first_samples
 from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.limit_environment import is_prepared
+from bs_optuna.training.live_storages import LiveStorages
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import release
 from bs_optuna.training.peak_memory import PeakMemory
@@ -29,6 +34,7 @@ from bs_optuna.training.throw_away import ThrowAwayTraining
 
 
 _logger = logging.getLogger(__name__)
+_READ_AT_ONCE = 256  # samples, while one of the longest is sought
 
 
 class MeasuredMemory:
@@ -41,12 +47,18 @@ class MeasuredMemory:
         task: What would be trained.
         device: Where it would be trained.
         limit: What it may use there, in force meanwhile.
+
+    Attributes:
+        counts_tensors: Whether it is tensors that are counted, as on a CPU without a limit, and not
+            what the device or the process has used: what an operation allocates inside itself is
+            not seen then.
     """
 
     def __init__(self, task: TrainingTask, *, device: torch.device, limit: MemoryLimit) -> None:
         self._task = task
         self._device = device
         self._limit = limit
+        self.counts_tensors = device.type == "cpu" and limit.limit_bytes is None
         self._peaks: dict[int, float | None] = {}
 
     @cached_property
@@ -63,8 +75,8 @@ class MeasuredMemory:
 
         Returns:
             Infinity if the limit was reached. None where the peak is unknown: the task's code has
-            raised an error, samples vary in length, or the device, the system or the C library
-            does not tell.
+            raised an error, or samples vary in length, or the device, the system or the C library
+            does not tell; the latter two but where it is tensors that are counted.
         """
         if microbatch_size not in self._peaks:
             self._peaks[microbatch_size] = self._measured(microbatch_size)
@@ -80,6 +92,19 @@ class MeasuredMemory:
             most=most,
         )
 
+    def surely_fits(self, available_bytes: int, *, batch_size: int) -> bool:
+        """Whether a batch fits that is not split, as far as steps on a few samples tell.
+
+        They take some hundredths of a second, where following a step on fake tensors takes one or
+        more.
+        """
+        return fits_surely(
+            lambda size: self.peak_bytes(size, batch_size=size),
+            available_bytes,
+            least=min(FEWEST_SAMPLES, batch_size),
+            most=batch_size,
+        )
+
     def expected_bytes(self, microbatch_size: int, *, batch_size: int) -> float:
         """The peak of any size, on the line through those next to it that were measured.
 
@@ -91,17 +116,19 @@ class MeasuredMemory:
         return on_the_line(microbatch_size, finite) if finite else math.inf
 
     def _measured(self, size: int) -> float | None:
-        if self._task.longest is not None:
-            return None  # the next batch may hold longer ones
-        if self._device.type == "cpu" and not is_prepared():
-            return None  # what the heap has kept from before would be used again
+        if not self.counts_tensors:
+            if self._task.longest is not None:
+                return None  # the next batch may hold longer ones
+            if self._device.type == "cpu" and not is_prepared():
+                return None  # what the heap has kept from before would be used again
         gc.collect()  # models of before
         try:
             # The second microbatch of a batch finds gradients, as all but the first do.
-            batch = first_samples(self._task.train_data, 2 * size)
-            batch = take(batch, torch.arange(2 * size) % batch_length(batch))
+            batch = self._longest_samples(2 * size)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a trial will say it again
+                if self.counts_tensors:
+                    return self._counted(size, batch)
                 if not self._peaks:
                     self._limit.warm_up(partial(self._train, FEWEST_SAMPLES, batch))
                 self._limit.start_trial()
@@ -117,6 +144,24 @@ class MeasuredMemory:
         finally:
             gc.collect()
         return peak.bytes() if fits else math.inf
+
+    def _counted(self, size: int, batch: Any) -> float:
+        storages = LiveStorages(self._device.type, most_operations=sys.maxsize)
+        with storages:
+            fits = self._train(size, batch)
+        return storages.peak if fits else math.inf
+
+    def _longest_samples(self, count: int) -> Any:
+        """So many samples; where they vary in length one of the longest, again and again."""
+        task = self._task
+        if task.lengths is None or task.longest is None:
+            batch = first_samples(task.train_data, count)
+            return take(batch, torch.arange(count) % batch_length(batch))
+        for piece in evaluation_batches(task.train_data, batch_size=_READ_AT_ONCE):
+            lengths = sample_lengths(task.lengths, piece)
+            if task.longest in lengths:
+                return take(piece, torch.full((count,), lengths.index(task.longest)))
+        raise LookupError("no sample is as long as the longest was when the data was read before")
 
     def _train(self, size: int, batch: Any) -> bool:
         """Trains a new model; says whether microbatches of that size fitted."""

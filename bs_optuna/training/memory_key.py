@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from bs_optuna.training.data import first_samples
+from bs_optuna.training.host_memory import total_host_bytes
 from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.snapshot import parameters_of
 from bs_optuna.training.task import TrainingTask
@@ -28,7 +29,9 @@ _LONGEST = 64  # of lists, such as a vocabulary, that are looked into
 _DEEPEST = 4
 
 
-def memory_key(task: TrainingTask, *, device: torch.device, limit_bytes: int | None) -> str:
+def memory_key(
+    task: TrainingTask, *, device: torch.device, limit_bytes: int | None, processes: int = 1
+) -> str:
     """A short digest of model, loss, sample, optimizer, device and limit.
 
     What fits is true for one such combination only: a small model must not inherit the microbatch
@@ -41,6 +44,7 @@ def memory_key(task: TrainingTask, *, device: torch.device, limit_bytes: int | N
         task: Its model is built twice, and its optimizer once.
         device: Where it is trained.
         limit_bytes: The limit on memory, if there is one.
+        processes: How many share the memory of a CPU, where each has no limit of its own.
     """
     once = _described(task.new_model())
     model = task.new_model()
@@ -51,7 +55,7 @@ def memory_key(task: TrainingTask, *, device: torch.device, limit_bytes: int | N
         [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves],
         _optimizer(task, model),
         _device_name(device),
-        limit_bytes,
+        _host_share(processes) if limit_bytes is None and device.type == "cpu" else limit_bytes,
         # Where samples vary in length, sizes are in other units.
         *(() if task.longest is None else (task.longest, task.trim is None)),
         _described(task.loss) if isinstance(task.loss, nn.Module) else _function(task.loss),
@@ -123,6 +127,11 @@ def _optimizer(task: TrainingTask, model: nn.Module) -> Any:
         for key, value in getattr(made, "defaults", {}).items()
     }
     return type(made).__qualname__, settings
+
+
+def _host_share(processes: int) -> int | None:
+    total = total_host_bytes()
+    return None if total is None else total // processes
 
 
 def _device_name(device: torch.device) -> str:

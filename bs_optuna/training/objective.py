@@ -20,9 +20,7 @@ from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import mark_memory
 from bs_optuna.training.attempt import Attempt
 from bs_optuna.training.budget import Budget
-from bs_optuna.training.known_sizes import Claim
 from bs_optuna.training.known_sizes import KnownSizes
-from bs_optuna.training.known_sizes import known_sizes
 from bs_optuna.training.known_sizes import learned
 from bs_optuna.training.loop import TrainingRun
 from bs_optuna.training.memory_key import memory_key
@@ -39,6 +37,7 @@ from bs_optuna.training.run_settings import check_enough
 from bs_optuna.training.run_settings import check_range
 from bs_optuna.training.size_search import SizeSearch
 from bs_optuna.training.starting_sizes import StartingSizes
+from bs_optuna.training.study_memory import StudyMemory
 from bs_optuna.training.task import TrainingTask
 from bs_optuna.training.throughput import Throughput
 from bs_optuna.training.what_ran import what_ran
@@ -71,6 +70,8 @@ class TrainingObjective:
         seed: Of weights and data order; trial number n gets seed + n.
         checkpoints: Folder for the state of running trials, from which another process goes on if
             this one dies; None writes none.
+        processes: How many processes train on the device at a time, each with an objective; they
+            share what is free there, which is what a trial plans for where there is no limit.
 
     Raises:
         TaskError: The training data holds fewer samples than the largest batch size.
@@ -90,6 +91,7 @@ class TrainingObjective:
         device: torch.device | None = None,
         seed: int = 0,
         checkpoints: Path | None = None,
+        processes: int = 1,
     ) -> None:
         check_range("batch_size", *batch_size)
         check_range("learning_rate", *learning_rate)
@@ -108,19 +110,20 @@ class TrainingObjective:
         self._limit.warm_up(
             lambda: rehearse(task, device=self.device, learning_rate=learning_rate[0], seed=seed)
         )
-        with private_random_state(self.device):
-            self._memory_key = memory_key(
-                task, device=self.device, limit_bytes=self._limit.limit_bytes
-            )
         self._warned = False  # that microbatches change BatchNorm
-        self._old_claims: set[Claim] = set()  # that a trial of this process has met
         self._starting_sizes = StartingSizes(
             task,
             device=self.device,
             limit=self._limit,
             batch_size=batch_size[1],
             most=microbatch_size if isinstance(microbatch_size, int) else None,
+            processes=processes,
         )
+        with private_random_state(self.device):
+            key = memory_key(
+                task, device=self.device, limit_bytes=self._limit.limit_bytes, processes=processes
+            )
+        self._memory = StudyMemory(key, self._starting_sizes)
 
     @property
     def search_space(self) -> dict[str, IntDistribution | FloatDistribution]:
@@ -149,25 +152,18 @@ class TrainingObjective:
         batch_size, learning_rate = self.suggest(trial)
         check_enough(self.task, batch_size)  # an enqueued one may lie outside the range
         tell = partial(_set, trial)
-        search = SizeSearch(
-            trial.number,
-            batch_size=batch_size,
-            memory_key=self._memory_key,
-            look=lambda: self._known(trial.study, batch_size),
-            tell=tell,
-            old=frozenset(self._old_claims),
-        )
         attempt = Attempt.read(trial.number, trial.user_attrs, folder=self._checkpoints)
-        known = self._known(trial.study, batch_size, measure=True)
+        known = self._memory.known(trial.study, batch_size, measure=True)
+        search = self._memory.search(trial, batch_size, tell=tell)
         seed = self.seed + attempt.first
         run = self._run(batch_size, learning_rate, seed, known, attempt, search, tell)
         tell(attempt.started(microbatch_size=run.microbatch_size))
-        reason, value = None, None
+        reason, value = attempt.hopeless, None
+        if known.microbatch.hopeless:
+            reason = "memory: a single sample is known not to fit"
         with private_random_state(self.device):
             try:
-                if known.microbatch.hopeless:
-                    reason = "memory: a single sample is known not to fit"
-                elif (reason := attempt.hopeless) is None:
+                if reason is None:
                     value, reason = self._train(trial, run)
             except DivergedError as error:
                 place = "" if error.metric is None else f" in {error.metric}"
@@ -182,7 +178,7 @@ class TrainingObjective:
                 release(error)
             finally:
                 self._store(trial, run, reason, attempt)
-                self._old_claims |= search.seen
+                self._memory.ended(search)
                 attempt.remove_checkpoint()
         if reason is not None:
             if reason.startswith("memory"):
@@ -210,7 +206,7 @@ class TrainingObjective:
             DivergedError: The loss is not finite.
             MicrobatchDoesNotFitError: A single sample does not fit.
         """
-        run = self._run(batch_size, learning_rate, seed, self._known(study, batch_size))
+        run = self._run(batch_size, learning_rate, seed, self._memory.known(study, batch_size))
         with private_random_state(self.device):
             *_, last = run.checkpoints()
             test = {} if self.task.test_data is None else run.evaluate(self.task.test_data)
@@ -230,9 +226,9 @@ class TrainingObjective:
         predicted = self._starting_sizes.predicted(batch_size)
         largest = self._microbatch_size
         if largest == "fastest":
-            largest = self._starting_sizes.measure(known.microbatch).smallest_fast
+            largest = self._fastest(known)
         most = attempt.most(min(batch_size, largest or batch_size))
-        size = known.microbatch.start(most, predicted=predicted.microbatch)
+        size = known.start(most, predicted=predicted.microbatch)
         # What was measured here has run here.
         unseen = self._microbatch_size != "fastest" and self._starting_sizes.searched(batch_size)
         if search is not None and unseen and not known.microbatch.hopeless:
@@ -261,6 +257,9 @@ class TrainingObjective:
             evaluating=lambda piece: tell(attempt.evaluating(piece)),
         )
 
+    def _fastest(self, known: KnownSizes) -> int | None:
+        return None if known.early_deaths else self._starting_sizes.measure(known).smallest_fast
+
     def _train(self, trial: optuna.Trial, run: TrainingRun) -> tuple[float, str | None]:
         value = float("nan")
         for checkpoint in run.checkpoints():
@@ -286,23 +285,8 @@ class TrainingObjective:
             attributes.THROUGHPUT: list(measured.rates.items()) or None,
             attributes.PRUNE_REASON: reason,
         }
-        _set(trial, stored | learned(run, self._memory_key, elsewhere=elsewhere))
+        _set(trial, stored | learned(run, self._memory.key, elsewhere=elsewhere))
         mark_memory(trial, fits=not (reason or "").startswith("memory"))
-
-    def _known(self, study: optuna.Study, batch_size: int, *, measure: bool = False) -> KnownSizes:
-        known = self._said(study, batch_size)
-        # A step that is taken only to be measured may kill a worker too; the study then goes on
-        # without.
-        up_to = self._starting_sizes.up_to(batch_size)
-        measure = measure and known.leaves_open(up_to) and not known.deaths
-        if self._starting_sizes.predict(batch_size, measure=measure):
-            known = self._said(study, batch_size)  # by others in the meantime
-        return known
-
-    def _said(self, study: optuna.Study, batch_size: int) -> KnownSizes:
-        trials = study.get_trials(deepcopy=False)
-        predicted = self._starting_sizes.predicted(batch_size).microbatch is not None
-        return known_sizes(trials, self._memory_key, batch_size=batch_size, predicted=predicted)
 
 
 def _set(trial: optuna.Trial, stored: Mapping[str, object]) -> None:

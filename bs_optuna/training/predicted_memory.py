@@ -57,6 +57,14 @@ class PredictedMemory:
         self.untraceable: UntraceableError | None = None
         self.measured = False
 
+    def surely_fits(self, available_bytes: int, *, batch_size: int) -> bool:
+        """Whether there plainly is enough for a batch that is not split; see `MeasuredMemory`.
+
+        It is only looked at on a CPU without a limit, which most trainings are far from filling.
+        """
+        steps = self._real_steps
+        return steps.counts_tensors and steps.surely_fits(available_bytes, batch_size=batch_size)
+
     def largest_fitting(
         self, available_bytes: int, *, batch_size: int, most: int, measure: bool
     ) -> FittingSizes:
@@ -133,9 +141,12 @@ class PredictedMemory:
     def _contradicted(self, size: int, batch_size: int, available_bytes: int) -> bool:
         """Whether a real step of half a size shows that the whole of it does not fit.
 
-        One is taken if more than half of what there is would be needed. A half that cannot be
-        traced says that the rest is not to be trusted either.
+        One is taken if more than half of what there is would be needed, and if it would show more
+        than was traced. A half that cannot be traced says that the rest is not to be trusted
+        either.
         """
+        if self._real_steps.counts_tensors:
+            return False
         assert self._probe is not None
         traced = partial(self._probe.peak_bytes, batch_size=batch_size)
         half = size // 2

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from bs_optuna.science.memory import MicrobatchBounds
+from bs_optuna.training.host_memory import free_host_bytes
+from bs_optuna.training.known_sizes import KnownSizes
 from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.predicted_memory import FittingSizes
 from bs_optuna.training.predicted_memory import PredictedMemory
@@ -15,6 +16,11 @@ from bs_optuna.training.random_states import kept_random_states
 from bs_optuna.training.task import TrainingTask
 from bs_optuna.training.throughput import Throughput
 from bs_optuna.training.throughput import measure_throughput
+
+
+# Of what a machine has left: in an ordinary process the C library keeps what is freed, so that
+# trainings take up to three times as much as their tensors, and other programs want some too.
+PART_OF_HOST = 0.3
 
 
 class StartingSizes:
@@ -26,6 +32,7 @@ class StartingSizes:
         limit: What it may use there.
         batch_size: The largest batch.
         most: The largest microbatch of interest; None is the whole batch.
+        processes: How many train there at a time.
 
     Attributes:
         measured: The throughput of microbatches; None before ``measure``.
@@ -39,6 +46,7 @@ class StartingSizes:
         limit: MemoryLimit,
         batch_size: int,
         most: int | None = None,
+        processes: int = 1,
     ) -> None:
         self._task = task
         self._device = device
@@ -46,6 +54,7 @@ class StartingSizes:
         self._batch_size = batch_size
         self._predicted: dict[int, FittingSizes] = {}
         self._most = most
+        self._processes = processes
         self._memory = PredictedMemory(task, device=device, limit=limit)
         self.measured: Throughput | None = None
 
@@ -53,15 +62,19 @@ class StartingSizes:
         """What fits beside a batch of a size, as `predict` has found; nothing is known before."""
         return self._predicted.get(self.up_to(batch_size), FittingSizes())
 
-    def predict(self, batch_size: int, *, measure: bool) -> bool:
+    def predict(self, batch_size: int, known: KnownSizes, *, measure: bool) -> bool:
         """Finds out what fits beside a batch of a size, which takes memory too.
 
-        Once for all sizes up to the next power of two, or to the largest. Nothing is known without
-        a limit, or if the task can neither be traced nor measured.
+        Once for all sizes up to the next power of two, or to the largest. Nothing is known where
+        the device does not tell its memory, if the task can neither be traced nor measured, and on
+        a CPU without a limit that plainly has enough.
 
         Args:
             batch_size: Samples per optimizer step.
-            measure: Whether real steps may be taken for it, see `PredictedMemory`.
+            known: What all trials say by now. After a death no real steps are taken, which might
+                cause it again.
+            measure: Whether real steps of all sizes may be taken, see `PredictedMemory`, where it
+                is not known yet whether the whole batch fits.
 
         Returns:
             Whether that was done now and took its time; False if it was known already.
@@ -69,18 +82,22 @@ class StartingSizes:
         up_to = self.up_to(batch_size)
         if up_to in self._predicted:
             return False
-        available = available_bytes(self._device, self._limit.limit_bytes)
+        measure = measure and known.leaves_open(up_to) and not known.deaths
+        limit_bytes = self._limit.limit_bytes
+        available = available_bytes(self._device, limit_bytes, processes=self._processes)
         found = FittingSizes()
         if available is not None:
-            limit_bytes = self._limit.limit_bytes
             with as_limited(self._device, limit_bytes), kept_random_states(self._device):
-                most = max(up_to, batch_size)
-                found = self._memory.largest_fitting(
-                    available,
-                    batch_size=most,
-                    most=min(most, self._most or most),
-                    measure=measure,
-                )
+                if known.deaths or not self._memory.surely_fits(
+                    available, batch_size=self._batch_size
+                ):
+                    most = max(up_to, batch_size)
+                    found = self._memory.largest_fitting(
+                        available,
+                        batch_size=most,
+                        most=min(most, self._most or most),
+                        measure=measure,
+                    )
         self._predicted[up_to] = found
         return True
 
@@ -89,18 +106,18 @@ class StartingSizes:
         return min(1 << (batch_size - 1).bit_length(), self._batch_size)
 
     def searched(self, batch_size: int) -> bool:
-        """Whether what fits can only be found by running out of memory."""
-        limited = available_bytes(self._device, self._limit.limit_bytes) is not None
+        """Whether what fits can only be found by running out of memory, and can be found so."""
+        limited = self._device.type == "cuda" or self._limit.limit_bytes is not None
         return limited and self.predicted(batch_size).microbatch is None
 
-    def measure(self, known: MicrobatchBounds) -> Throughput:
+    def measure(self, known: KnownSizes) -> Throughput:
         """What microbatches of each size get done, up to the largest that may fit.
 
         Args:
             known: Which ones other trials have seen to fit.
         """
         if self.measured is None:
-            self.predict(self._batch_size, measure=False)  # which is what follows
+            self.predict(self._batch_size, known, measure=False)  # which is what follows
             predicted = self.predicted(self._batch_size).microbatch
             most = known.start(self._batch_size, predicted=predicted)
             with kept_random_states(self._device):
@@ -114,14 +131,27 @@ class StartingSizes:
         return self.measured
 
 
-def available_bytes(device: torch.device, limit_bytes: int | None) -> int | None:
-    """What a training that begins now may use of a device; None on a CPU without a limit."""
-    if device.type != "cuda":
+def available_bytes(
+    device: torch.device, limit_bytes: int | None, *, processes: int = 1
+) -> int | None:
+    """What a training that begins now may use of a device; None where that is unknown.
+
+    Args:
+        device: Where it trains.
+        limit_bytes: What it may use there, as far as there is a limit.
+        processes: How many share what is free; each has the limit for itself.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        allocated = torch.cuda.memory_allocated(device)
+        free += torch.cuda.memory_reserved(device) - allocated
+        free //= processes
+        return free if limit_bytes is None else min(free, limit_bytes - allocated)
+    host = free_host_bytes() if device.type == "cpu" else None
+    if host is None:
         return limit_bytes
-    free, _ = torch.cuda.mem_get_info(device)
-    allocated = torch.cuda.memory_allocated(device)
-    free += torch.cuda.memory_reserved(device) - allocated
-    return free if limit_bytes is None else min(free, limit_bytes - allocated)
+    host //= processes
+    return int(PART_OF_HOST * host) if limit_bytes is None else min(host, limit_bytes)
 
 
 @contextmanager

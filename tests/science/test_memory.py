@@ -13,6 +13,7 @@ from bs_optuna.science.accumulation import AccumulationPlan
 from bs_optuna.science.memory import MicrobatchBounds
 from bs_optuna.science.memory import beside
 from bs_optuna.science.memory import close
+from bs_optuna.science.memory import fits_surely
 from bs_optuna.science.memory import largest_fitting
 from bs_optuna.science.memory import largest_from_below
 from bs_optuna.science.memory import on_the_line
@@ -275,3 +276,53 @@ def test_from_below_what_only_is_too_much_leaves_the_size_before_it() -> None:
 
     assert largest_from_below(peak, 100, least=2, most=64) == 8
     assert largest_from_below(lambda size: math.inf, 100, least=2, most=64) == 1
+
+
+@given(
+    parts=st.lists(
+        st.tuples(st.floats(0, 1e6), st.floats(0, 1e4)).filter(any), min_size=1, max_size=5
+    ),
+    limit=st.floats(0, 1e9),
+    most=st.integers(1, MOST),
+)
+def test_what_fits_surely_fits_and_asking_costs_little(
+    parts: list[tuple[float, float]], limit: float, most: int
+) -> None:
+    asked: list[int] = []
+
+    def peak(size: int) -> float:
+        asked.append(size)
+        return max(fixed + each * size for fixed, each in parts)
+
+    least = min(2, most)
+    sure = fits_surely(peak, limit, least=least, most=most)
+    needed = peak(most)
+    asked.pop()
+    assert not sure or needed <= limit * (1 + 1e-9)
+    # A fixed part counts up to 16 times, at the largest size that may be asked for.
+    assert sure or most < 32 or 16 * needed > limit
+    first, *others = asked
+    assert first == least
+    assert all(peak(size) <= limit for size in others)
+    assert sum(others) <= most / 4
+
+
+def test_a_peak_that_only_grows_with_the_size_is_told_by_the_first() -> None:
+    assert fits_surely(lambda size: 3.0 * size, 300, least=2, most=100)
+    assert not fits_surely(lambda size: 3.0 * size, 299, least=2, most=100)
+
+
+def test_a_fixed_part_takes_larger_sizes_to_tell() -> None:
+    asked = []
+
+    def peak(size: int) -> float:
+        asked.append(size)
+        return 100.0 + size
+
+    assert fits_surely(peak, 1700, least=2, most=256)
+    assert asked == [2, 4, 8, 16, 32]
+
+
+def test_what_has_no_peak_is_not_sure_to_fit() -> None:
+    assert not fits_surely(lambda size: None, 1e9, least=2, most=100)
+    assert not fits_surely(lambda size: None if size > 2 else 1e8, 1e9, least=2, most=100)

@@ -15,6 +15,7 @@ from bs_optuna.training import Budget
 from bs_optuna.training import TrainingObjective
 from bs_optuna.training import TrainingTask
 from bs_optuna.training import evaluation
+from bs_optuna.training.known_sizes import NOTHING_KNOWN
 from bs_optuna.training.loop import TrainingRun
 from bs_optuna.training.memory_limit import memory_limit
 from bs_optuna.training.run_settings import RunSettings
@@ -127,7 +128,7 @@ def run_study(model: str, optimizer: str, limit: int, samples: int, device: torc
         memory_limit=limit,
         device=device,
     )
-    objective._starting_sizes.predict(samples, measure=True)
+    objective._starting_sizes.predict(samples, NOTHING_KNOWN, measure=True)
     evaluations.clear()  # those of the rehearsal and of what was measured
     study = optuna.create_study()
 

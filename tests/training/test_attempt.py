@@ -86,6 +86,17 @@ def test_what_killed_in_training_and_in_an_evaluation_are_both_kept() -> None:
     )
 
 
+def test_a_death_before_the_training_is_told_apart_and_stays_known() -> None:
+    stored = after_death(0, {}, signal="SIGKILL")
+    assert stored[attributes.KILLED_EARLY]
+    again = after_death(1, stored | {attributes.MICROBATCH_SIZE: 16}, signal="SIGKILL")
+    assert again[attributes.KILLED_EARLY]
+    assert Attempt.read(2, again, folder=None).most(16) == 8
+    assert attributes.KILLED_EARLY not in after_death(
+        0, {attributes.MICROBATCH_SIZE: 16}, signal="SIGKILL"
+    )
+
+
 def test_between_evaluations_a_death_was_in_training() -> None:
     stored = {attributes.MICROBATCH_SIZE: 16, attributes.EVALUATION_TRIED: 0}
     attempt = Attempt.read(1, after_death(0, stored, signal="SIGKILL"), folder=None)

@@ -10,6 +10,7 @@ from optuna.distributions import IntDistribution
 
 from bs_optuna.sampling import attributes
 from bs_optuna.science.memory import MicrobatchBounds
+from bs_optuna.training.known_sizes import KnownSizes
 from bs_optuna.training.known_sizes import known_sizes
 from bs_optuna.training.known_sizes import learned
 
@@ -89,3 +90,12 @@ def test_what_never_ran_has_failed() -> None:
     stored = learned(Run(fits=2, ran=2, failed_sizes=[64, 32, 16, 8, 4]), KEY)
     assert stored[attributes.MICROBATCH_FITS] == 2
     assert stored[attributes.MICROBATCH_FAILS] == 4
+
+
+def test_after_a_death_what_has_fitted_is_enough() -> None:
+    """A failure that is an error may be met again to learn more; one that kills may not."""
+    bounds = MicrobatchBounds(fits=170, fails=490)
+    assert KnownSizes(bounds, None).start(512, predicted=440) == 440
+    assert KnownSizes(bounds, None, deaths=True).start(512, predicted=440) == 170
+    assert KnownSizes(bounds, None, deaths=True).start(100, predicted=440) == 100
+    assert KnownSizes(MicrobatchBounds(0, 490), None, deaths=True).start(512, predicted=None) == 245

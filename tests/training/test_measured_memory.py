@@ -36,6 +36,14 @@ def measurable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured_memory, "is_prepared", lambda: True)
 
 
+class Told(NoLimit):
+    """A limit that is known but not enforced."""
+
+    @property
+    def limit_bytes(self) -> int:  # type: ignore[override]
+        return 64 * MIB
+
+
 def looks(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     loss = nn.functional.cross_entropy(outputs, targets)
     return loss if loss.item() > 0 else -loss
@@ -46,7 +54,7 @@ def make_task(**changes: Any) -> TrainingTask:
 
 
 def measured(task: TrainingTask, *, most: int = 256) -> MeasuredMemory:
-    memory = MeasuredMemory(task, device=CPU, limit=NoLimit())
+    memory = MeasuredMemory(task, device=CPU, limit=Told())
     memory.largest_fitting(2**40, batch_size=256, most=most)
     return memory
 
@@ -111,14 +119,6 @@ def test_nothing_is_drawn_that_others_would_draw() -> None:
     assert value(prepared=False) == first
 
 
-class Told(NoLimit):
-    """A limit that is known but not enforced."""
-
-    @property
-    def limit_bytes(self) -> int:  # type: ignore[override]
-        return 64 * MIB
-
-
 def test_a_split_that_only_measures_is_not_warned_of() -> None:
     model = lambda: nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))  # noqa: E731
     with warnings.catch_warnings(record=True) as found:
@@ -132,7 +132,7 @@ def test_code_that_fails_on_few_samples_says_nothing_of_memory() -> None:
     def needs_four(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return looks(outputs, targets) + outputs[:, 0].topk(4).values.sum()
 
-    memory = MeasuredMemory(make_task(loss=needs_four), device=CPU, limit=NoLimit())
+    memory = MeasuredMemory(make_task(loss=needs_four), device=CPU, limit=Told())
     assert memory.largest_fitting(2**40, batch_size=256, most=256) is None
     assert memory.peak_bytes(8, batch_size=256) is None  # two samples come first
 
@@ -144,7 +144,7 @@ def test_what_ran_out_of_memory_is_more_than_any_limit() -> None:
                 torch.empty(2**55)
             return super().forward(x)
 
-    memory = MeasuredMemory(make_task(model=lambda: Large(16, 10)), device=CPU, limit=NoLimit())
+    memory = MeasuredMemory(make_task(model=lambda: Large(16, 10)), device=CPU, limit=Told())
     assert memory.largest_fitting(2**40, batch_size=256, most=256) == 16
     assert memory.peak_bytes(32, batch_size=256) == float("inf")
     assert memory.expected_bytes(16, batch_size=256) < float("inf")
@@ -156,7 +156,7 @@ def test_not_even_one_sample_that_fits_is_a_verdict_too() -> None:
             torch.empty(2**55)
             return super().forward(x)
 
-    memory = MeasuredMemory(make_task(model=lambda: Never(16, 10)), device=CPU, limit=NoLimit())
+    memory = MeasuredMemory(make_task(model=lambda: Never(16, 10)), device=CPU, limit=Told())
     assert memory.largest_fitting(2**40, batch_size=256, most=256) == 1
     assert memory.expected_bytes(1, batch_size=256) == float("inf")
 
@@ -170,7 +170,7 @@ def test_a_half_that_runs_out_of_memory_contradicts_the_prediction() -> None:
 
     model = lambda: nn.Sequential(Large(16, 4096), nn.ReLU(), nn.Linear(4096, 10))  # noqa: E731
     task = make_task(model=model, loss=nn.functional.cross_entropy)
-    memory = PredictedMemory(task, device=CPU, limit=NoLimit())
+    memory = PredictedMemory(task, device=CPU, limit=Told())
     options: dict[str, Any] = {"batch_size": 256, "most": 256}
     traced = memory.largest_fitting(8 * MIB, measure=False, **options)
     assert traced.microbatch is not None
@@ -211,7 +211,7 @@ class KeepsAMean:
 )
 def test_no_fake_tensor_stays_where_the_training_finds_it(changes: dict[str, Any]) -> None:
     task = make_task(**changes)
-    memory = PredictedMemory(task, device=CPU, limit=NoLimit())
+    memory = PredictedMemory(task, device=CPU, limit=Told())
     found = memory.largest_fitting(8 * MIB, batch_size=256, most=256, measure=False)
     assert found.microbatch is not None
     kept = [f.mean for f in (task.loss, *task.metrics.values()) if isinstance(f, KeepsAMean)]

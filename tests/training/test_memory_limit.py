@@ -220,7 +220,8 @@ def test_the_limit_is_told() -> None:
 @linux
 @pytest.mark.parametrize("limit_bytes", [0, -1, 2**60])
 def test_a_limit_out_of_bounds_names_the_bound(limit_bytes: int) -> None:
-    with pytest.raises(ConfigError, match=r"memory limit of .* out of bounds: the machine has .*;"):
+    named = r"memory limit of .* out of bounds: the machine or container has .*;"
+    with pytest.raises(ConfigError, match=named):
         memory_limit(CPU, limit_bytes)
 
 

@@ -84,6 +84,7 @@ def test_another_model_does_not_inherit_the_microbatch(study: optuna.Study) -> N
     assert other.user_attrs[attributes.MICROBATCH_SIZE] == 64
 
 
+@pytest.mark.usefixtures("ample_memory")
 def test_a_sample_that_does_not_fit_prunes_with_its_reason(study: optuna.Study) -> None:
     task = make_task(fits=0)
     trial = run_trial(make_objective(task), study, batch_size=64, lr=0.5)
@@ -199,6 +200,7 @@ def test_what_does_not_fit_is_known_to_others_while_the_trial_goes_on(study: opt
     assert set(learned) == {16}
 
 
+@pytest.mark.usefixtures("ample_memory")
 def test_what_does_not_fit_is_known_to_others_after_each_attempt(study: optuna.Study) -> None:
     told = []
 

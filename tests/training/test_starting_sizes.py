@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from bs_optuna.training import Budget
 from bs_optuna.training import TrainingObjective
 from bs_optuna.training import TrainingTask
 from bs_optuna.training import measured_memory
+from bs_optuna.training import starting_sizes
+from bs_optuna.training.known_sizes import NOTHING_KNOWN
 from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.limit import NoLimit
 from bs_optuna.training.predicted_memory import FittingSizes
 from bs_optuna.training.starting_sizes import StartingSizes
+from bs_optuna.training.starting_sizes import available_bytes
 
 
 CPU = torch.device("cpu")
@@ -47,12 +51,101 @@ def predicted(task: TrainingTask, limit: MemoryLimit) -> FittingSizes:
 
 
 def predicted_for(sizes: StartingSizes, batch_size: int) -> FittingSizes:
-    sizes.predict(batch_size, measure=True)
+    sizes.predict(batch_size, NOTHING_KNOWN, measure=True)
     return sizes.predicted(batch_size)
 
 
-def test_without_a_limit_nothing_is_predicted() -> None:
-    assert predicted(plain_task(), NoLimit()) == FittingSizes(None, None)
+class Recorded(nn.Sequential):
+    """Notes how many samples are trained on, and how many have been followed at once."""
+
+    real: list[int] = []  # noqa: RUF012
+    fake: list[int] = []  # noqa: RUF012
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (self.real if type(x) is torch.Tensor else self.fake).append(len(x))
+        return super().forward(x)  # type: ignore[no-any-return]
+
+
+def recorded() -> nn.Module:
+    return Recorded(nn.Linear(16, 4096), nn.ReLU(), nn.Linear(4096, 10))
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """As if the machine had so many MiB left, of which a part is planned with."""
+    left = {"mib": 10_000}
+    monkeypatch.setattr(starting_sizes, "free_host_bytes", lambda: left["mib"] * MIB)
+    Recorded.real.clear()
+    Recorded.fake.clear()
+    return left
+
+
+def test_on_a_cpu_with_ample_memory_a_few_samples_tell_that_nothing_need_be_predicted(
+    free: dict[str, int],
+) -> None:
+    sizes = StartingSizes(plain_task(model=recorded), device=CPU, limit=NoLimit(), batch_size=256)
+    for batch_size in (256, 64, 16):
+        assert predicted_for(sizes, batch_size) == FittingSizes(None, None)
+    assert Recorded.real == [2, 2, 2, 2]  # once, two steps of two microbatches
+    assert not Recorded.fake
+
+
+def test_on_a_cpu_that_has_little_left_a_study_plans_with_a_part_of_it(
+    free: dict[str, int],
+) -> None:
+    free["mib"] = 27
+    found = predicted(plain_task(model=recorded), NoLimit())
+    assert found == predicted(plain_task(), Told(int(0.3 * 27 * MIB)))
+    assert found.microbatch is not None
+    assert 0 < found.microbatch < 256
+    assert max(Recorded.real) <= 32  # an eighth of the batch
+    shared = StartingSizes(
+        plain_task(), device=CPU, limit=NoLimit(), batch_size=256, processes=2
+    )  # fmt: skip
+    assert 0 < (predicted_for(shared, 256).microbatch or 0) < found.microbatch
+
+
+def test_where_nothing_can_be_traced_there_tensors_are_counted(free: dict[str, int]) -> None:
+    free["mib"] = 27
+    traced = predicted(plain_task(), NoLimit()).microbatch
+    found = predicted(plain_task(model=recorded, loss=looks_at_values), NoLimit())
+    assert traced is not None
+    assert found.microbatch == pytest.approx(traced, rel=0.1)
+    assert max(Recorded.real) <= traced
+
+
+def test_after_a_death_no_step_is_taken_to_look(free: dict[str, int]) -> None:
+    free["mib"] = 27
+    sizes = StartingSizes(plain_task(model=recorded), device=CPU, limit=NoLimit(), batch_size=256)
+    sizes.predict(256, replace(NOTHING_KNOWN, deaths=True), measure=True)
+    assert not Recorded.real
+    assert 0 < (sizes.predicted(256).microbatch or 0) < 256
+
+
+def test_a_limit_beyond_what_is_left_would_not_be_refused_but_kill(free: dict[str, int]) -> None:
+    free["mib"] = 8
+    assert available_bytes(CPU, 64 * MIB) == 8 * MIB
+    assert available_bytes(CPU, 64 * MIB, processes=2) == 4 * MIB
+    assert available_bytes(CPU, 6 * MIB) == 6 * MIB
+
+
+def test_of_samples_that_vary_the_longest_tell(free: dict[str, int]) -> None:
+    seen = []
+
+    class Cut(Recorded):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(int(x[:, 0].max()))
+            return super().forward(x)
+
+    inputs = torch.ones(256, 16)
+    inputs[200, 0] = 7
+    task = plain_task(
+        model=lambda: Cut(nn.Linear(16, 10)),
+        train_data=(inputs, torch.zeros(256, dtype=torch.long)),
+        lengths=lambda inputs, targets: inputs[:, 0].int().tolist(),
+    )
+    assert predicted(task, NoLimit()) == FittingSizes(None, None)
+    assert set(seen) == {7}
 
 
 class Samples(Dataset[Any]):
@@ -91,8 +184,8 @@ def test_a_batch_that_is_too_large_itself_says_nothing_of_smaller_ones() -> None
     assert predicted_for(sizes, 256).microbatch == 0
     assert predicted_for(sizes, 33).microbatch == 64
     assert sizes.predicted(33) == sizes.predicted(64)
-    assert not sizes.predict(64, measure=True)  # known already
-    assert sizes.predict(32, measure=True)
+    assert not sizes.predict(64, NOTHING_KNOWN, measure=True)  # known already
+    assert sizes.predict(32, NOTHING_KNOWN, measure=True)
 
 
 def test_a_prediction_uses_the_kernels_of_the_limit_and_turns_the_others_on_again() -> None:

@@ -174,6 +174,7 @@ def test_an_error_of_the_users_own_leaves_the_optimizer_whole() -> None:
     assert len(run.optimizer._optimizer_step_pre_hooks) == 0
 
 
+@pytest.mark.usefixtures("ample_memory")
 def test_a_trial_whose_step_was_done_in_part_is_pruned(study: optuna.Study) -> None:
     device = NeverTheSecond(None)
     device.armed = False

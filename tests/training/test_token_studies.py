@@ -131,6 +131,7 @@ class Roomy(Tagger):
         return super().forward(tokens)
 
 
+@pytest.mark.usefixtures("ample_memory")
 def test_out_of_memory_in_a_study_is_counted_in_longest_samples() -> None:
     data = texts([12, 5, 2, 2, 1, 1, 1, 1] * 4)
     task = TrainingTask(
@@ -151,6 +152,7 @@ def test_out_of_memory_in_a_study_is_counted_in_longest_samples() -> None:
     assert max(samples for samples, width in Roomy.read[4:] if width <= 2) > 4
 
 
+@pytest.mark.usefixtures("ample_memory")
 def test_a_batch_of_short_samples_says_little_about_what_fits() -> None:
     data = texts([12] + [5] * 63)
     task = TrainingTask(
