@@ -154,7 +154,8 @@ class _Parser(argparse.ArgumentParser):
         remedy = f"see {PROGRAM} --help."
         if message.startswith(UNKNOWN):
             flag = message.removeprefix(UNKNOWN).split()[0].partition("=")[0]
-            close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            close = difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
             remedy = f"did you mean {close[0]}?" if close else remedy
         raise ConfigError(f"{message}; {remedy}")
 
@@ -249,7 +250,7 @@ def _run_task(
     except KeyboardInterrupt:
         again = shlex.join(["python", "-m", "bs_optuna.tune", *arguments])
         console.print(
-            f"\nInterrupted. {tuning.finished} finished trials are kept in {tuning.storage}; "
+            f"\nInterrupted. Finished trials are kept in {tuning.storage}: {tuning.finished}; "
             f"go on with:\n  {again}",
             soft_wrap=True,
         )

@@ -47,7 +47,11 @@ def ridge_figure(
         if all(name in trial.params for name in names)
     ]
     if not complete:
-        raise StudyError(f"Study {study.study_name!r} has no complete trial to draw. Run some.")
+        raise StudyError(
+            f"Study {study.study_name!r} has no complete trial with the parameters {names[0]!r} "
+            f"and {names[1]!r} to draw. Run some, or name them with batch_size_name and "
+            "learning_rate_name."
+        )
     pruned = [
         (trial.params[names[0]], trial.params[names[1]])
         for trial in study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
@@ -81,7 +85,7 @@ def ridge_figure(
         edgecolors="white",
         linewidths=0.8,
         zorder=3,
-        label="trial",
+        label="complete",
     )
     bar = figure.colorbar(dots, ax=axes, ticks=[0, 1], pad=0.02)
     bar.ax.set_yticklabels(["worst", "best"])
@@ -101,7 +105,9 @@ def _draw_ridge(
         places = [sizes[0] / DASH, sizes[0] * DASH]
         low, high, best = low * 2, high * 2, best * 2
         axes.set_xlim(sizes[0] / 2, sizes[0] * 2)
-    axes.fill_between(places, low, high, color=RIDGE, alpha=0.13, linewidth=0, label="90 %")
+    axes.fill_between(
+        places, low, high, color=RIDGE, alpha=0.13, linewidth=0, label="90 % interval"
+    )
     axes.plot(places, best, c=RIDGE, lw=2, label="best learning rate")
     # The band may leave the plot where nothing was tried; trials and line decide what is shown.
     rates = [t.params[names[1]] for t in study.get_trials(deepcopy=False) if names[1] in t.params]

@@ -38,7 +38,7 @@ MAX_RETRY = 2  # how often a trial whose worker died is run again
 _ATTEMPTS = 8  # of workers that make the same tables at the same time; two are enough as a rule
 # What to install for a kind of database, and how its URLs then begin.
 _DRIVERS = {
-    "postgresql": "run pip install 'bs_optuna[postgresql]' and write postgresql+psycopg://...",
+    "postgresql": "install the extra 'postgresql' (psycopg) and write postgresql+psycopg://...",
     "mysql": "run pip install PyMySQL and write mysql+pymysql://...",
     "mariadb": "run pip install PyMySQL and write mariadb+pymysql://...",
 }

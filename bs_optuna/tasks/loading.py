@@ -112,7 +112,8 @@ def _call(spec: str, module: ModuleType, name: str) -> TrainingTask:
     task = function() if callable(function) else function
     if not isinstance(task, TrainingTask):
         raise TaskError(
-            f"task={spec!r}; {name} gave a {type(task).__name__}; must give a TrainingTask."
+            f"task={spec!r}; {name} gave an object of type {type(task).__name__}; must give a "
+            "TrainingTask."
         )
     if task.name == UNNAMED:
         return replace(task, name=module.__name__.removeprefix(_FILE_PREFIX).rpartition(".")[2])

@@ -43,6 +43,7 @@ from bs_optuna.training.snapshot import parameters_of
 from bs_optuna.training.snapshot import refuse_lazy
 from bs_optuna.training.weighted_pass import LossFunction
 from bs_optuna.training.weighted_pass import WeightedPass
+from bs_optuna.training.weighted_pass import check_loss
 
 
 _logger = logging.getLogger(__name__)
@@ -148,6 +149,7 @@ class AccumulatedBackward:
             )
         if batch_norm not in ("microbatch", "exact"):
             raise ValueError(f"batch_norm={batch_norm!r}; must be 'microbatch' or 'exact'.")
+        check_loss(loss_fn, reduction)
         if smaller is not None and process_group is not None:
             raise ValueError("smaller and process_group; give one: ranks agree among themselves.")
         refuse_wrapped(model)

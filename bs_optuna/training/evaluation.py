@@ -128,6 +128,12 @@ class Evaluation:
             if not self._judged:
                 self._judged = True  # also if memory runs out in there
                 self._judged = judged(
-                    functions, values, (inputs, targets), outputs, count=count, device=device
+                    functions,
+                    values,
+                    (inputs, targets),
+                    outputs,
+                    model=model,
+                    count=count,
+                    device=device,
                 )
         return {name: value / total for name, value in sums.items()}

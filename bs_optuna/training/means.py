@@ -14,6 +14,7 @@ from torch import nn
 
 from bs_optuna.training.batches import Batch
 from bs_optuna.training.batches import batch_length
+from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import take
 from bs_optuna.training.cutting import Count
 from bs_optuna.training.oom import classify
@@ -26,6 +27,8 @@ FEWEST_SAMPLES = 4
 # Relative. Sums in single precision round less by far, and a smaller difference decides nothing.
 TOLERANCE = 1e-3
 ROUNDINGS = 4  # of the lowest precision: one for the whole and each half, and one to spare
+IGNORED = -100  # PyTorch's ignore_index
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 # Python's own filter forgets what it has shown whenever anything suspends it, as Optuna does.
 _told: set[str] = set()
 
@@ -36,6 +39,7 @@ def judged(
     batch: Batch,
     outputs: Any,
     *,
+    model: nn.Module,
     count: Count | None,
     device: torch.device,
 ) -> bool:
@@ -48,15 +52,24 @@ def judged(
         functions: The loss, as ``"loss"``, and the metrics.
         values: What they are for the piece.
         batch: The piece, inputs and targets.
-        outputs: Of the model; there is no telling unless each leaf has the samples first.
+        outputs: Of the model.
+        model: Gives those of the halves where the outputs cannot be cut, each leaf of which then
+            has not the samples first: what the models of transformers return, for instance.
         count: What the means are taken over, if not the samples.
         device: Whose random states are put back.
 
     Returns:
         Whether another piece would tell no more.
     """
+    if count is None and _padded(batch[1]):
+        _tell(
+            f"The targets hold {IGNORED}, which cross_entropy leaves out of its mean, not as often "
+            "in each sample: microbatches with more of them would count as much as others. Remedy: "
+            "pass what the loss is divided by, "
+            f"count=lambda inputs, targets: (targets != {IGNORED}).sum()."
+        )
     try:
-        samples = batch_length((batch, outputs))
+        samples = batch_length(batch)
         if samples < FEWEST_SAMPLES or not _differ(batch[1]):
             return False
     except Exception as error:
@@ -64,12 +77,41 @@ def judged(
         return True
     states = random_states(device)
     try:
+        halves = _halves(model, batch, outputs, samples)
         for name, function in functions.items():
-            if not _is_mean(function, values[name], batch, outputs, samples, count):
+            if not _is_mean(function, values[name], batch, outputs, halves, count):
                 _warn(name, counted=count is not None)
+    except Exception as error:
+        _raise_out_of_memory(error)
     finally:
         restore_random_states(states, device)
     return True
+
+
+def _halves(model: nn.Module, batch: Batch, outputs: Any, samples: int) -> list[tuple[Batch, Any]]:
+    """The two halves of a piece, each with its outputs."""
+    slices = (slice(0, samples // 2), slice(samples // 2, None))
+    parts = [take(batch, half) for half in slices]
+    try:
+        cut = batch_length(outputs) == samples
+    except (TypeError, ValueError):
+        cut = False
+    if cut:
+        return [(part, take(outputs, half)) for part, half in zip(parts, slices, strict=True)]
+    return [(part, call_model(model, part[0])) for part in parts]
+
+
+def _padded(targets: Any) -> bool:
+    """Whether samples differ in how many of their targets cross_entropy ignores by default.
+
+    The values of a loss that has not learned anything yet would not show it: all tokens cost alike.
+    """
+    for leaf in optree.tree_leaves(targets):
+        if isinstance(leaf, torch.Tensor) and leaf.dtype in _INTEGERS and leaf.ndim > 0:
+            ignored = (leaf == IGNORED).reshape(len(leaf), -1).sum(1)
+            if bool((ignored != ignored[0]).any()):
+                return True
+    return False
 
 
 def _differ(targets: Any) -> bool:
@@ -83,21 +125,19 @@ def _is_mean(
     value: float,
     batch: Batch,
     outputs: Any,
-    samples: int,
+    halves: list[tuple[Batch, Any]],
     count: Count | None,
 ) -> bool:
     """False only where it is certain that it is none."""
-    halves = (slice(0, samples // 2), slice(samples // 2, None))
     try:
         if isinstance(function, nn.Module):  # all that it holds, but for the parameters
             function = copy.deepcopy(function, {id(p): p for p in function.parameters()})
         found, weights = [], []
-        for half in halves:
-            part = take(batch, half)
+        for part, part_outputs in halves:
             weights.append(float(count(*part)) if count else float(batch_length(part)))
             if weights[-1] == 0:
                 return True
-            found.append(function(take(outputs, half), part[1]))
+            found.append(function(part_outputs, part[1]))
         tolerance = _tolerance([*found, *optree.tree_leaves(outputs)])
         first, second = map(float, found)
         mean = (first * weights[0] + second * weights[1]) / sum(weights)
@@ -146,6 +186,10 @@ def _warn(name: str, *, counted: bool) -> None:
         f"So its values depend on how large a piece of the data is evaluated at a time, and hence "
         f"on batch size and memory{gradient}. Remedy: {remedy}"
     )
+    _tell(text)
+
+
+def _tell(text: str) -> None:
     if text not in _told:
         _told.add(text)
-        warnings.warn(text, stacklevel=4)
+        warnings.warn(text, stacklevel=5)

@@ -7,6 +7,7 @@ itself, except the unfolded input of a convolution, nor how an allocator fragmen
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -35,7 +36,6 @@ from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.snapshot import parameters_of
 from bs_optuna.training.stepping import GuardedStep
 from bs_optuna.training.task import TrainingTask
-from bs_optuna.training.weighted_pass import LossFunction
 
 
 # It logs operations that it refuses, with a traceback; here they end in one UntraceableError.
@@ -44,8 +44,8 @@ _FAKE_TENSORS = logging.getLogger("torch._subclasses.fake_tensor")
 # in a large memory what the allocator cannot use.
 MARGIN_BYTES = 3 * 2**19
 MARGIN_FRACTION = 0.01
-# In what is followed at once: it takes some ten seconds, and a study follows about ten sizes.
-MOST_OPERATIONS = 30_000
+# In what is followed at once: it takes one or two seconds, and a study follows about ten sizes.
+MOST_OPERATIONS = 15_000
 
 
 def usable_bytes(limit_bytes: int) -> int:
@@ -75,9 +75,8 @@ class MemoryProbe:
         self._storages = LiveStorages(self._device.type, most_operations=MOST_OPERATIONS)
         self._sample: Any = first_samples(task.train_data, 1)
         self._sample_bytes = bytes_per_sample(task.train_data, self._device)
+        self._model = self._made(task).train()
         with self._tracing():
-            with self._device:  # a fake module cannot be moved once it is made
-                self._model = task.model().train()
             fake = _fake_tensors(task.loss, self._device)
         # As a trial copies it; outside, because its own tensors that are no buffers are constants.
         self._loss = own_copy(task.loss, fake)
@@ -125,6 +124,26 @@ class MemoryProbe:
         peak_bytes = partial(self.evaluation_peak_bytes, batch_size=batch_size)
         return search(peak_bytes, usable_bytes(limit_bytes), most=most, seen=self._evaluations)
 
+    def _made(self, task: TrainingTask) -> nn.Module:
+        """A fake model; where making one needs values, the likeness of a real one.
+
+        PyTorch's `trunc_normal_` draws again what lies outside, and looks whether anything does.
+        """
+        try:
+            with self._tracing(), self._device:  # a fake module cannot be moved once it is made
+                return task.model()
+        except UntraceableError as error:
+            release(error)
+            untraceable = error
+        try:
+            real = task.model()
+            with self._tracing():
+                fake = _fake_tensors(real, self._device)
+            return copy.deepcopy(real, fake)
+        except Exception as error:
+            release(error)
+            raise untraceable from None
+
     @contextmanager
     def _tracing(self) -> Iterator[None]:
         self._storages.operations = 0
@@ -137,13 +156,15 @@ class MemoryProbe:
         except TooManyOperationsError:
             raise UntraceableError(
                 f"Memory cannot be predicted: a step takes more than {MOST_OPERATIONS:,} "
-                "operations, which would take minutes to follow; run it to see what fits."
+                "operations, which would take long to follow; give --memory-limit, under which it "
+                "is measured, or run it to see what fits."
             ) from None
         except Exception as error:
             reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(". ")
             raise UntraceableError(
                 f"Memory cannot be predicted: {type(error).__name__}: {reason}. The training needs "
-                "values, or what has no fake counterpart; run it to see what fits."
+                "values, or what has no fake counterpart; give --memory-limit, under which it is "
+                "measured, or run it to see what fits."
             ) from error
         finally:
             _FAKE_TENSORS.disabled = False
@@ -193,12 +214,12 @@ class MemoryProbe:
         return self._storages.peak
 
 
-def _fake_tensors(loss: LossFunction, device: torch.device) -> dict[int, Any]:
-    """What stands for each parameter and buffer of a loss in a copy of it, by their ids."""
-    if not isinstance(loss, nn.Module):
+def _fake_tensors(module: object, device: torch.device) -> dict[int, Any]:
+    """What stands for each parameter and buffer of a module in a copy of it, by their ids."""
+    if not isinstance(module, nn.Module):
         return {}
-    fake: dict[int, Any] = {id(b): torch.empty_like(b, device=device) for b in loss.buffers()}
-    for p in loss.parameters():
+    fake: dict[int, Any] = {id(b): torch.empty_like(b, device=device) for b in module.buffers()}
+    for p in module.parameters():
         fake[id(p)] = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
     return fake
 

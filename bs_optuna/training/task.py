@@ -26,6 +26,7 @@ from bs_optuna.training.data import length
 from bs_optuna.training.recipes import OptimizerFactory
 from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.weighted_pass import LossFunction
+from bs_optuna.training.weighted_pass import check_loss
 
 
 UNNAMED = "task"
@@ -71,9 +72,9 @@ class TrainingTask:
             or module where it is left out.
 
     Raises:
-        TaskError: A model instead of a function that makes one, data of another kind, an unknown
-            optimizer, an objective that is no metric, another ``batch_norm``, or ``trim`` without
-            ``lengths``.
+        TaskError: A model instead of a function that makes one, data of another kind, a loss that
+            says itself that it is no mean, an unknown optimizer, an objective that is no metric,
+            another ``batch_norm``, or ``trim`` without ``lengths``.
     """
 
     model: Callable[[], nn.Module]
@@ -101,6 +102,10 @@ class TrainingTask:
                 f"model is a {type(self.model).__name__}; must be a function that makes a new one "
                 "for each trial: model=lambda: Net()."
             )
+        try:
+            check_loss(self.loss, "mean")
+        except ValueError as error:
+            raise TaskError(str(error)) from None
         if self.objective not in (known := ("loss", *self.metrics)):
             raise TaskError(f"objective={self.objective!r}; must be one of {', '.join(known)}.")
         if self.direction not in ("minimize", "maximize"):

@@ -21,6 +21,23 @@ from bs_optuna.training.snapshot import device_of
 LossFunction = Callable[[Any, Any], torch.Tensor]
 
 
+def check_loss(loss_fn: object, reduction: str) -> None:
+    """Refuses a loss that says itself that it is another one than is taken for granted.
+
+    Raises:
+        ValueError: It is a class, or its own ``reduction`` is not the given one.
+    """
+    if isinstance(loss_fn, type):
+        name = loss_fn.__name__
+        raise ValueError(f"the loss is the class {name}; must be one of its kind: {name}().")
+    own = getattr(loss_fn, "reduction", reduction)
+    if isinstance(own, str) and own.removeprefix("batch") != reduction:  # KLDivLoss's batchmean
+        raise ValueError(
+            f"the loss has reduction={own!r}, not {reduction!r}, by which microbatches are weighed"
+            f"; make it with reduction={reduction!r}."
+        )
+
+
 class WeightedPass:
     """See `AccumulatedBackward` for what the arguments mean.
 

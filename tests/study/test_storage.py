@@ -49,7 +49,7 @@ def test_a_database_that_nobody_knows() -> None:
         ("mariadb+asyncmy", "run pip install PyMySQL and write mariadb+pymysql://..."),
         (
             "postgresql+psycopg2cffi",
-            "run pip install 'bs_optuna[postgresql]' and write postgresql+psycopg://...",
+            "install the extra 'postgresql' (psycopg) and write postgresql+psycopg://...",
         ),
         ("oracle", "install the one it names"),
     ],

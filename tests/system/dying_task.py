@@ -1,8 +1,8 @@
 """A task whose model sends its own process a signal in the middle of a training.
 
 Environment: DYING_OF is the signal's name, DYING_AT the forward pass of a training at which it is
-sent, DYING_TIMES how often in all. Every forward pass of a training leaves a line in passes.log, but
-for those of the steps on two samples that only look how much memory there is.
+sent, DYING_TIMES how often in all. Every forward pass of a training leaves a line in
+passes.log, but for those of the steps on two samples that only look how much memory there is.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def test_interrupting_keeps_finished_trials_and_says_how_to_go_on(
         assert process.stderr.read() == ""
         assert process.wait(timeout=60) == status
     assert re.search(
-        r"Interrupted\. \d+ finished trials are kept in sqlite:///studies/cut.db", rest
+        r"Interrupted\. Finished trials are kept in sqlite:///studies/cut.db: \d+;", rest
     )
     assert f"python -m bs_optuna.tune {' '.join(arguments)}" in rest
     kept = [t for t in trials(tmp_path, "cut") if t.state.is_finished()]

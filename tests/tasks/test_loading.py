@@ -56,7 +56,7 @@ def test_a_function_or_a_task_in_a_file_or_module(module: Path) -> None:
         ("os.no_such:task", "there is no module 'os.no_such'"),
         ("MODULE", "has no 'task'. Define 'def task() -> TrainingTask' there."),
         ("MODULE:other", "has no 'other'"),
-        ("MODULE:number", "number gave a int; must give a TrainingTask."),
+        ("MODULE:number", "number gave an object of type int; must give a TrainingTask."),
     ],
 )
 def test_what_is_no_task_is_refused(module: Path, spec: str, message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -139,17 +140,44 @@ class WithNumber(nn.Module):
         return x, 1.0
 
 
+class Output(OrderedDict[str, torch.Tensor]):
+    """A record as the models of transformers return it, which is one leaf to others."""
+
+
+class WithRecord(nn.Module):
+    def forward(self, x: torch.Tensor) -> Output:
+        return Output(logits=x)
+
+
 @pytest.mark.parametrize(
-    ("model", "loss"),
+    ("model", "logits"),
     [
-        (TokensFirst(), lambda o, t: cross_entropy(o.T, t, reduction="sum")),
-        (WithNumber(), lambda o, t: cross_entropy(o[0], t, reduction="sum")),
+        (TokensFirst(), lambda o: o.T),
+        (WithNumber(), lambda o: o[0]),
+        (WithRecord(), lambda o: o["logits"]),
     ],
 )
-def test_outputs_that_have_not_the_samples_first_cannot_be_judged(
-    model: nn.Module, loss: Callable[..., Any]
+def test_where_outputs_cannot_be_cut_the_model_gives_those_of_the_halves(
+    model: nn.Module, logits: Callable[[Any], torch.Tensor]
 ) -> None:
-    assert told(loss, model=model) == []
+    (text,) = told(lambda o, t: cross_entropy(logits(o), t, reduction="sum"), model=model)
+    assert text.startswith("The loss is no mean over the samples")
+    assert told(lambda o, t: cross_entropy(logits(o), t), model=model) == []
+
+
+def test_targets_that_are_left_out_need_a_count_though_the_values_do_not_show_it() -> None:
+    ignored = torch.where(TOKENS == PADDING, -100, TOKENS)
+    alike = torch.zeros_like(TOKEN_LOGITS)  # every token costs the same
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+    (text,) = told(loss, data=(alike, ignored))
+    assert "count=lambda inputs, targets: (targets != -100).sum()" in text
+    assert told(loss, data=(alike, ignored), count=lambda x, t: (t != -100).sum()) == []
+    as_often = TOKENS.clone()
+    as_often[:, 0] = -100
+    assert told(loss, data=(alike, as_often)) == []
 
 
 def test_a_function_that_refuses_a_half_is_not_judged() -> None:
