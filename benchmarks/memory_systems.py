@@ -59,7 +59,7 @@ def train(device: torch.device, *, microbatch: int, accumulation: int, steps: in
         optimizer.step()
 
 
-def limited(device: torch.device, limit_bytes: int) -> MemoryLimit:
+def limited(device: torch.device, limit_bytes: int | None) -> MemoryLimit:
     """The limit, ready to be imposed."""
     limit = memory_limit(device, limit_bytes)
     limit.warm_up(lambda: train(device, microbatch=8, accumulation=2, steps=1))
@@ -68,7 +68,7 @@ def limited(device: torch.device, limit_bytes: int) -> MemoryLimit:
     return limit
 
 
-def run_bs_optuna(device: torch.device, limit_bytes: int) -> dict[str, Any]:
+def run_bs_optuna(device: torch.device, limit_bytes: int | None) -> dict[str, Any]:
     """One trial of a study."""
     import optuna
 
@@ -105,7 +105,7 @@ def run_bs_optuna(device: torch.device, limit_bytes: int) -> dict[str, Any]:
     }
 
 
-def run_accelerate(device: torch.device, limit_bytes: int) -> dict[str, Any]:
+def run_accelerate(device: torch.device, limit_bytes: int | None) -> dict[str, Any]:
     """Its decorator around a whole training, accumulating as in its own example."""
     from accelerate.utils import find_executable_batch_size
 
@@ -123,7 +123,7 @@ def run_accelerate(device: torch.device, limit_bytes: int) -> dict[str, Any]:
     return {"size": tried[-1], "failed": len(tried) - 1, "batch": batch, "works": True}
 
 
-def run_lightning(device: torch.device, limit_bytes: int, mode: str) -> dict[str, Any]:
+def run_lightning(device: torch.device, limit_bytes: int | None, mode: str) -> dict[str, Any]:
     """Its callback before a fit with the size it found; it does not accumulate."""
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import BatchSizeFinder
@@ -172,7 +172,7 @@ def run_lightning(device: torch.device, limit_bytes: int, mode: str) -> dict[str
     return {"size": size, "failed": Wide.failed + (not works), "batch": size, "works": works}
 
 
-def run_truth(device: torch.device, limit_bytes: int) -> dict[str, Any]:
+def run_truth(device: torch.device, limit_bytes: int | None) -> dict[str, Any]:
     """The largest microbatch that a plain accumulating loop can take, by trying."""
 
     def fits(size: int) -> bool:

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from memory_group import MemoryGroup
+from memory_group import ControlGroup
 from memory_group import memory_group
+from memory_group import python
 
 
 pytestmark = [
@@ -60,8 +61,8 @@ def predicting():
 """
 
 
-def tune(group: MemoryGroup, folder: Path, task: str, *arguments: str) -> str:
-    run = group.python("-m", "bs_optuna.tune", task, *BATCH, *arguments, folder=folder)
+def tune(group: ControlGroup, folder: Path, task: str, *arguments: str) -> str:
+    run = python(group, "-m", "bs_optuna.tune", task, *BATCH, *arguments, folder=folder)
     assert run.returncode == 0, f"{run.returncode}\n{run.stdout}\n{run.stderr}"
     return run.stdout
 

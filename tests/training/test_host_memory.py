@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from memory_group import memory_group
+from memory_group import python
 
 from bs_optuna.training.host_memory import free_host_bytes
 from bs_optuna.training.host_memory import total_host_bytes
@@ -119,7 +120,7 @@ print(total_host_bytes(), before, before - free_host_bytes())
 @linux
 def test_a_real_group_limits_it(tmp_path: Path) -> None:
     with memory_group(300) as group:
-        run = group.python("-c", READS, folder=tmp_path)
+        run = python(group, "-c", READS, folder=tmp_path)
     total, free, held = map(int, run.stdout.split())
     assert total == 300 * MIB, run.stderr
     assert 200 * MIB < free < 300 * MIB
