@@ -25,7 +25,7 @@ from bs_optuna.forks import end_forks_by_sigterm
 
 # How much likelier than its parent a worker is killed when memory is short, in thousandths of all
 # the memory there is.
-_OOM_SCORE = 500
+_OOM_SCORE = 200
 # In PyTorch's error about a process of a DataLoader.
 _KILLED = "is killed by signal: Killed"
 

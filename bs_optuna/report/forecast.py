@@ -17,9 +17,9 @@ from bs_optuna.training.host_memory import total_host_bytes
 from bs_optuna.training.limit_environment import is_prepared
 from bs_optuna.training.memory_limit import memory_limit
 from bs_optuna.training.objective import default_device
+from bs_optuna.training.predicted_memory import PART_OF_HOST
 from bs_optuna.training.predicted_memory import PredictedMemory
 from bs_optuna.training.random_states import kept_random_states
-from bs_optuna.training.starting_sizes import PART_OF_HOST
 from bs_optuna.training.starting_sizes import as_limited
 from bs_optuna.training.starting_sizes import available_bytes
 from bs_optuna.training.task import TrainingTask
@@ -56,7 +56,12 @@ def forecast(config: StudyConfig, task: TrainingTask) -> Table:
     memory = _memory(device, config)
     measure = _can_measure(device, config.memory_limit)
     limit = memory_limit(device, config.memory_limit if measure else None)
-    predicted = PredictedMemory(task, device=device, limit=limit)
+    predicted = PredictedMemory(
+        task,
+        device=device,
+        limit=limit,
+        in_part=device.type == "cpu" and config.memory_limit is None,
+    )
     with as_limited(device, config.memory_limit), kept_random_states(device):
         rows = _forecasts(config, predicted, memory, measure=measure)
     how = "Measured" if predicted.measured else "Predicted"
@@ -123,10 +128,12 @@ def _is_elsewhere(device: torch.device, limit_bytes: int) -> bool:
 
 def _described(memory: int, device: torch.device, config: StudyConfig) -> str:
     if config.memory_limit is not None:
-        return f"limit {_mib(memory)}"
-    share = f"{100 * PART_OF_HOST:.0f} % of " if device.type == "cpu" else ""
-    workers = f", for each of {config.workers} workers" if (config.workers or 1) > 1 else ""
-    return f"planned for {_mib(memory)} ({share}what is free{workers})"
+        less = f" ({_mib(memory)} are free)" if memory < config.memory_limit else ""
+        return f"limit {_mib(config.memory_limit)}{less}"
+    workers = f" for each of {config.workers} workers" if (config.workers or 1) > 1 else ""
+    if device.type != "cpu":
+        return f"{_mib(memory)} free{workers}"
+    return f"{_mib(memory)} free{workers}, {100 * PART_OF_HOST:.0f} % of it for activations"
 
 
 def _mib(size: float) -> str:

@@ -209,8 +209,10 @@ def fits_surely(
     """Whether a small size, or a few, tell already that the largest is within a limit.
 
     Peak memory is the most of several amounts, each with a fixed part and one that goes with the
-    size; so of n times the size it is at most n times as much. The size is doubled while that may
-    tell, up to an eighth of the largest and as long as twice the peak is within the limit.
+    size; so of n times the size it is at most n times as much. (Not where a loss couples samples,
+    such as in a table of each with each.) Asked next is the size that may tell if the fixed part
+    was all, at least twice the last one; no size that may not be within the limit itself, and
+    none beyond an eighth of the largest.
 
     Args:
         peak_bytes: Peak memory of a size; None where it cannot be found out.
@@ -222,9 +224,12 @@ def fits_surely(
     while (peak := peak_bytes(size)) is not None:
         if peak * most / size <= limit_bytes:
             return True
-        if 16 * size > most or 2 * peak > limit_bytes:
+        if 2 * peak > limit_bytes:
             return False
-        size *= 2
+        tells = math.ceil(peak * most / limit_bytes)
+        size = max(2 * size, min(tells, int(size * limit_bytes / peak)))
+        if 8 * max(size, tells) > most:
+            return False
     return False
 
 

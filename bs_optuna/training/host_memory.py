@@ -72,7 +72,7 @@ class _Group:
 
 def _groups(proc: Path) -> Iterator[_Group]:
     """The groups of this process that have a limit, and those around them."""
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # no such files, or none of this form
         for folder, top in group_folders(proc):
             for each in (folder, *folder.parents):
                 if (group := _Group.at(each)) is not None:
@@ -88,11 +88,11 @@ def group_folders(proc: Path = _PROC) -> Iterator[tuple[Path, Path]]:
         OSError: The system has none.
     """
     paths = {}
-    for line in (proc / "self/cgroup").read_text().splitlines():
+    for line in _lines(proc / "self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if not controllers or _MEMORY in controllers.split(","):
             paths["cgroup" if controllers else "cgroup2"] = path
-    for line in (proc / "self/mountinfo").read_text().splitlines():
+    for line in _lines(proc / "self/mountinfo"):
         before, _, after = line.partition(" - ")
         kind, _, options = after.split(" ", 2)
         root, top = before.split(" ")[3:5]
@@ -102,6 +102,10 @@ def group_folders(proc: Path = _PROC) -> Iterator[tuple[Path, Path]]:
         path = paths[kind].removeprefix("" if root == "/" else root).strip("/")
         folder = Path(top, path)
         yield (folder if folder.is_dir() else Path(top)), Path(top)
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(errors="surrogateescape").splitlines()  # of names that are no UTF-8
 
 
 def _number(file: Path) -> int | None:

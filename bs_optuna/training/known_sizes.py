@@ -39,7 +39,8 @@ class KnownSizes:
         microbatch: What fits in training, and what does not.
         evaluation: Samples in a piece of an evaluation that fits where a larger one did not.
         claims: What is being tried in training.
-        deaths: Whether a worker was killed, in any trial of the study.
+        deaths: Whether a worker was killed.
+        deadly: Whether what does not fit in training is known from that.
         early_deaths: Whether one was before it trained: by what was done to look ahead, maybe.
     """
 
@@ -47,6 +48,7 @@ class KnownSizes:
     evaluation: int | None
     claims: tuple[Claim, ...] = ()
     deaths: bool = False
+    deadly: bool = False
     early_deaths: bool = False
 
     def start(self, most: int, *, predicted: int | None) -> int:
@@ -59,7 +61,7 @@ class KnownSizes:
             most: Most samples that it may hold.
             predicted: The largest size that is predicted to fit; None if nothing is.
         """
-        if self.deaths and self.microbatch.fails is not None and self.microbatch.fits > 0:
+        if self.deadly and self.microbatch.fits > 0:
             return min(most, self.microbatch.fits)
         return self.microbatch.start(most, predicted=predicted)
 
@@ -109,12 +111,15 @@ def known_sizes(
     alike = [trial for trial in trials if trial.user_attrs.get(attributes.MEMORY_KEY) == memory_key]
     bounds = [_said_of(batch_size, trial, predicted=predicted) for trial in alike]
     pieces = (trial.user_attrs.get(attributes.EVALUATION_FITS) for trial in alike)
+    merged = MicrobatchBounds.merged(bounds)
+    killed = {trial.user_attrs.get(attributes.KILLED_MICROBATCH) for trial in alike}
     return KnownSizes(
-        MicrobatchBounds.merged(bounds),
+        merged,
         min((size for size in pieces if size is not None), default=None),
         tuple(_claims(alike)),
-        any(attributes.KILLED_BY in trial.user_attrs for trial in trials),
-        any(attributes.KILLED_EARLY in trial.user_attrs for trial in trials),
+        deaths=any(attributes.KILLED_BY in trial.user_attrs for trial in alike),
+        deadly=merged.fails is not None and merged.fails in killed,
+        early_deaths=any(attributes.KILLED_EARLY in trial.user_attrs for trial in alike),
     )
 
 

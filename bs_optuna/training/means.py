@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -28,7 +29,6 @@ FEWEST_SAMPLES = 4
 TOLERANCE = 1e-3
 ROUNDINGS = 4  # of the lowest precision: one for the whole and each half, and one to spare
 IGNORED = -100  # PyTorch's ignore_index
-_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 # Python's own filter forgets what it has shown whenever anything suspends it, as Optuna does.
 _told: set[str] = set()
 
@@ -45,8 +45,8 @@ def judged(
 ) -> bool:
     """Warns, once in this process, of each function that the halves show to be no mean.
 
-    Neither random states nor what a module keeps are changed, and a function that refuses half a
-    piece is taken for a mean; out of memory is raised.
+    Neither random states nor what the functions keep are changed, and one that refuses half a piece
+    is taken for a mean; out of memory is raised.
 
     Args:
         functions: The loss, as ``"loss"``, and the metrics.
@@ -61,10 +61,10 @@ def judged(
     Returns:
         Whether another piece would tell no more.
     """
-    if count is None and _padded(batch[1]):
+    if count is None and _padded(batch[1]) and _leaves_out(functions["loss"], batch[1], outputs):
         _tell(
-            f"The targets hold {IGNORED}, which cross_entropy leaves out of its mean, not as often "
-            "in each sample: microbatches with more of them would count as much as others. Remedy: "
+            f"The targets hold {IGNORED}, which the loss leaves out of its mean, not as often in "
+            "each sample: microbatches with more of them would count as much as others. Remedy: "
             "pass what the loss is divided by, "
             f"count=lambda inputs, targets: (targets != {IGNORED}).sum()."
         )
@@ -77,7 +77,7 @@ def judged(
         return True
     states = random_states(device)
     try:
-        halves = _halves(model, batch, outputs, samples)
+        outputs, halves = _halves(model, batch, outputs, samples)
         for name, function in functions.items():
             if not _is_mean(function, values[name], batch, outputs, halves, count):
                 _warn(name, counted=count is not None)
@@ -88,8 +88,14 @@ def judged(
     return True
 
 
-def _halves(model: nn.Module, batch: Batch, outputs: Any, samples: int) -> list[tuple[Batch, Any]]:
-    """The two halves of a piece, each with its outputs."""
+def _halves(
+    model: nn.Module, batch: Batch, outputs: Any, samples: int
+) -> tuple[Any, list[tuple[Batch, Any]]]:
+    """The outputs, and the two halves of a piece, each with its own.
+
+    Those of a model that is asked for them are all made anew: one that draws random numbers then
+    differs from itself, which is seen.
+    """
     slices = (slice(0, samples // 2), slice(samples // 2, None))
     parts = [take(batch, half) for half in slices]
     try:
@@ -97,21 +103,36 @@ def _halves(model: nn.Module, batch: Batch, outputs: Any, samples: int) -> list[
     except (TypeError, ValueError):
         cut = False
     if cut:
-        return [(part, take(outputs, half)) for part, half in zip(parts, slices, strict=True)]
-    return [(part, call_model(model, part[0])) for part in parts]
+        return outputs, [(p, take(outputs, half)) for p, half in zip(parts, slices, strict=True)]
+    again = call_model(model, batch[0])
+    return again, [(part, call_model(model, part[0])) for part in parts]
 
 
 def _padded(targets: Any) -> bool:
-    """Whether samples differ in how many of their targets cross_entropy ignores by default.
-
-    The values of a loss that has not learned anything yet would not show it: all tokens cost alike.
-    """
+    """Whether samples differ in how many of their targets cross_entropy ignores by default."""
     for leaf in optree.tree_leaves(targets):
-        if isinstance(leaf, torch.Tensor) and leaf.dtype in _INTEGERS and leaf.ndim > 0:
+        if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.int64 and leaf.ndim > 0:
             ignored = (leaf == IGNORED).reshape(len(leaf), -1).sum(1)
             if bool((ignored != ignored[0]).any()):
                 return True
     return False
+
+
+def _leaves_out(loss: Function, targets: Any, outputs: Any) -> bool:
+    """Whether a loss divides by what is not ignored: of nothing else it is not a number.
+
+    Its values may not show it, as all tokens cost alike before anything is learned.
+    """
+    nothing = optree.tree_map(
+        lambda leaf: torch.full_like(leaf, IGNORED) if leaf.dtype == torch.int64 else leaf, targets
+    )
+    try:
+        if isinstance(loss, nn.Module):
+            loss = copy.deepcopy(loss, {id(p): p for p in loss.parameters()})
+        return math.isnan(float(loss(outputs, nothing)))
+    except Exception as error:
+        _raise_out_of_memory(error)
+        return False
 
 
 def _differ(targets: Any) -> bool:

@@ -22,9 +22,11 @@ from bs_optuna.training.cutting import sample_lengths
 from bs_optuna.training.data import bytes_per_sample
 from bs_optuna.training.data import evaluation_batches
 from bs_optuna.training.data import first_samples
+from bs_optuna.training.data import length
 from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.limit_environment import is_prepared
 from bs_optuna.training.live_storages import LiveStorages
+from bs_optuna.training.loop import SMALLEST_EVALUATION_BATCH
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import release
 from bs_optuna.training.peak_memory import PeakMemory
@@ -83,6 +85,11 @@ class MeasuredMemory:
         peak = self._peaks[microbatch_size]
         return None if peak is None else peak + batch_size * self._sample_bytes
 
+    def least_bytes(self, *, batch_size: int) -> float | None:
+        """The peak of the smallest size that was measured; None if none was."""
+        sizes = [size for size, peak in self._peaks.items() if peak is not None]
+        return self.peak_bytes(min(sizes), batch_size=batch_size) if sizes else None
+
     def largest_fitting(self, usable_bytes: int, *, batch_size: int, most: int) -> int | None:
         """The largest microbatch size, of ``most``, whose step takes no more; None if unknown."""
         return search(
@@ -95,14 +102,17 @@ class MeasuredMemory:
     def surely_fits(self, available_bytes: int, *, batch_size: int) -> bool:
         """Whether a batch fits that is not split, as far as steps on a few samples tell.
 
-        They take some hundredths of a second, where following a step on fake tensors takes one or
-        more.
+        The evaluation after it, in pieces of up to twice the size, does too then: it takes no more
+        for a sample than training. For a small model this takes some hundredths of a second, where
+        following a step on fake tensors takes one or more.
         """
+        pieces = max(2 * batch_size, SMALLEST_EVALUATION_BATCH)
+        most = max(batch_size, min(pieces, length(self._task.valid_data)))
         return fits_surely(
             lambda size: self.peak_bytes(size, batch_size=size),
             available_bytes,
             least=min(FEWEST_SAMPLES, batch_size),
-            most=batch_size,
+            most=most,
         )
 
     def expected_bytes(self, microbatch_size: int, *, batch_size: int) -> float:
@@ -153,14 +163,21 @@ class MeasuredMemory:
 
     def _longest_samples(self, count: int) -> Any:
         """So many samples; where they vary in length one of the longest, again and again."""
+        if self._task.lengths is None:
+            batch = first_samples(self._task.train_data, count)
+        else:
+            batch = self._longest_sample
+        return take(batch, torch.arange(count) % batch_length(batch))
+
+    @cached_property
+    def _longest_sample(self) -> Any:
         task = self._task
-        if task.lengths is None or task.longest is None:
-            batch = first_samples(task.train_data, count)
-            return take(batch, torch.arange(count) % batch_length(batch))
+        assert task.lengths is not None
+        assert task.longest is not None
         for piece in evaluation_batches(task.train_data, batch_size=_READ_AT_ONCE):
             lengths = sample_lengths(task.lengths, piece)
             if task.longest in lengths:
-                return take(piece, torch.full((count,), lengths.index(task.longest)))
+                return take(piece, torch.tensor([lengths.index(task.longest)]))
         raise LookupError("no sample is as long as the longest was when the data was read before")
 
     def _train(self, size: int, batch: Any) -> bool:

@@ -129,9 +129,10 @@ def _optimizer(task: TrainingTask, model: nn.Module) -> Any:
     return type(made).__qualname__, settings
 
 
-def _host_share(processes: int) -> int | None:
-    total = total_host_bytes()
-    return None if total is None else total // processes
+def _host_share(processes: int) -> int:
+    """About, to an eighth or less: two machines of a kind, or a kernel later, are the same."""
+    share = (total_host_bytes() or 0) // processes
+    return share >> max(0, share.bit_length() - 4) << max(0, share.bit_length() - 4)
 
 
 def _device_name(device: torch.device) -> str:

@@ -153,6 +153,8 @@ class TrainingObjective:
         check_enough(self.task, batch_size)  # an enqueued one may lie outside the range
         tell = partial(_set, trial)
         attempt = Attempt.read(trial.number, trial.user_attrs, folder=self._checkpoints)
+        if attempt.killed_by is not None:  # known of others under this key from now on
+            tell({attributes.MEMORY_KEY: self._memory.key})
         known = self._memory.known(trial.study, batch_size, measure=True)
         search = self._memory.search(trial, batch_size, tell=tell)
         seed = self.seed + attempt.first

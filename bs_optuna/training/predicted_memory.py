@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,6 +23,9 @@ from bs_optuna.training.throw_away import FEWEST_SAMPLES
 
 
 _logger = logging.getLogger(__name__)
+# Of what a machine has left: in an ordinary process the C library keeps what is freed, so that
+# trainings take up to three times as much as their tensors, and other programs want some too.
+PART_OF_HOST = 0.3
 
 
 @dataclass(frozen=True)
@@ -43,15 +48,25 @@ class PredictedMemory:
         task: What would be trained.
         device: Where it would be trained.
         limit: What it may use there.
+        in_part: Whether only a part of what there is may be planned with, as on a CPU without a
+            limit, where the kernel kills who takes too much.
 
     Attributes:
         untraceable: Why nothing can be followed on fake tensors, if that is so.
         measured: Whether it is real steps that predict, not fake tensors.
     """
 
-    def __init__(self, task: TrainingTask, *, device: torch.device, limit: MemoryLimit) -> None:
+    def __init__(
+        self,
+        task: TrainingTask,
+        *,
+        device: torch.device,
+        limit: MemoryLimit,
+        in_part: bool = False,
+    ) -> None:
         self._task = task
         self._device = device
+        self._in_part = in_part
         self._probe: MemoryProbe | None = None
         self._real_steps = MeasuredMemory(task, device=device, limit=limit)
         self.untraceable: UntraceableError | None = None
@@ -60,10 +75,10 @@ class PredictedMemory:
     def surely_fits(self, available_bytes: int, *, batch_size: int) -> bool:
         """Whether there plainly is enough for a batch that is not split; see `MeasuredMemory`.
 
-        It is only looked at on a CPU without a limit, which most trainings are far from filling.
+        It is only looked at where a part may be planned with; most trainings are far from that.
         """
-        steps = self._real_steps
-        return steps.counts_tensors and steps.surely_fits(available_bytes, batch_size=batch_size)
+        planned = int(PART_OF_HOST * available_bytes)
+        return self._in_part and self._real_steps.surely_fits(planned, batch_size=batch_size)
 
     def largest_fitting(
         self, available_bytes: int, *, batch_size: int, most: int, measure: bool
@@ -71,7 +86,7 @@ class PredictedMemory:
         """The largest sizes that are predicted to fit.
 
         Args:
-            available_bytes: What there is.
+            available_bytes: What there is; on a CPU without a limit a part of it is planned with.
             batch_size: Samples per optimizer step; the batch takes memory too.
             most: The largest microbatch of interest.
             measure: Whether real steps may be taken where a task cannot be traced, or to see
@@ -79,15 +94,36 @@ class PredictedMemory:
                 size they are for all.
         """
         try:
-            return self._largest_fitting(available_bytes, batch_size, most, measure=measure)
+            if not self._in_part:
+                return self._largest_fitting(available_bytes, batch_size, most, measure=measure)
+            planned = self._planned(available_bytes, batch_size)
+            found = self._largest_fitting(planned, batch_size, most, measure=measure)
+            if found.microbatch is None:
+                return found
+            # It is a guess that memory is short; BatchNorm refuses a single sample for certain.
+            return replace(found, microbatch=max(found.microbatch, min(FEWEST_SAMPLES, most)))
         finally:
             clear_caches()
+
+    def _planned(self, free_bytes: int, batch_size: int) -> int:
+        """What to plan with: all that does not go with the microbatch, and of the rest a part.
+
+        Model, gradients and the optimizer's state stay; it is what comes
+        and goes that the C library keeps.
+        """
+        fixed = 0
+        if self._traced(free_bytes, 1, 1).microbatch is not None and self._probe is not None:
+            with suppress(UntraceableError):
+                fixed = self._probe.peak_bytes(1, batch_size=batch_size)
+        elif (peak := self._real_steps.least_bytes(batch_size=batch_size)) is not None:
+            fixed = int(peak)
+        return fixed + int(PART_OF_HOST * max(0, free_bytes - fixed))
 
     def _largest_fitting(
         self, available_bytes: int, batch_size: int, most: int, *, measure: bool
     ) -> FittingSizes:
         traced = self._traced(available_bytes, batch_size, most)
-        if not measure and not self._real_steps.begun:
+        if not measure and (self._real_steps.counts_tensors or not self._real_steps.begun):
             return traced
         size = traced.microbatch
         if size is not None and not self._contradicted(size, batch_size, available_bytes):

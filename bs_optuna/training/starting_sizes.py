@@ -18,11 +18,6 @@ from bs_optuna.training.throughput import Throughput
 from bs_optuna.training.throughput import measure_throughput
 
 
-# Of what a machine has left: in an ordinary process the C library keeps what is freed, so that
-# trainings take up to three times as much as their tensors, and other programs want some too.
-PART_OF_HOST = 0.3
-
-
 class StartingSizes:
     """Predicts the largest sizes that fit, and measures which is fastest, once, when first asked.
 
@@ -55,7 +50,12 @@ class StartingSizes:
         self._predicted: dict[int, FittingSizes] = {}
         self._most = most
         self._processes = processes
-        self._memory = PredictedMemory(task, device=device, limit=limit)
+        self._memory = PredictedMemory(
+            task,
+            device=device,
+            limit=limit,
+            in_part=device.type == "cpu" and limit.limit_bytes is None,
+        )
         self.measured: Throughput | None = None
 
     def predicted(self, batch_size: int) -> FittingSizes:
@@ -142,16 +142,16 @@ def available_bytes(
         processes: How many share what is free; each has the limit for itself.
     """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        free, total = torch.cuda.mem_get_info(device)
         allocated = torch.cuda.memory_allocated(device)
         free += torch.cuda.memory_reserved(device) - allocated
-        free //= processes
+        free = min(free, total // processes)
         return free if limit_bytes is None else min(free, limit_bytes - allocated)
     host = free_host_bytes() if device.type == "cpu" else None
     if host is None:
         return limit_bytes
     host //= processes
-    return int(PART_OF_HOST * host) if limit_bytes is None else min(host, limit_bytes)
+    return host if limit_bytes is None else min(host, limit_bytes)
 
 
 @contextmanager

@@ -70,7 +70,8 @@ def test_where_it_is_predicted_what_fitted_beside_much_smaller_batches_says_noth
 
 
 def test_a_death_in_any_trial_is_known() -> None:
-    died = optuna.create_trial(value=1.0, user_attrs={attributes.KILLED_BY: "SIGKILL"})
+    stored = {attributes.MEMORY_KEY: KEY, attributes.KILLED_BY: "SIGKILL"}
+    died = optuna.create_trial(value=1.0, user_attrs=stored)
     assert known_sizes([trial(256, 64, 128), died], KEY, batch_size=256).deaths
     assert not known_sizes([trial(256, 64, 128)], KEY, batch_size=256).deaths
 
@@ -96,6 +97,25 @@ def test_after_a_death_what_has_fitted_is_enough() -> None:
     """A failure that is an error may be met again to learn more; one that kills may not."""
     bounds = MicrobatchBounds(fits=170, fails=490)
     assert KnownSizes(bounds, None).start(512, predicted=440) == 440
-    assert KnownSizes(bounds, None, deaths=True).start(512, predicted=440) == 170
-    assert KnownSizes(bounds, None, deaths=True).start(100, predicted=440) == 100
-    assert KnownSizes(MicrobatchBounds(0, 490), None, deaths=True).start(512, predicted=None) == 245
+    assert KnownSizes(bounds, None, deadly=True).start(512, predicted=440) == 170
+    assert KnownSizes(bounds, None, deadly=True).start(100, predicted=440) == 100
+    assert KnownSizes(MicrobatchBounds(0, 490), None, deadly=True).start(512, predicted=None) == 245
+
+
+def test_a_death_says_something_under_its_own_key_only() -> None:
+    """In a study that several machines share, one of which was turned off, say."""
+    killed = {attributes.KILLED_BY: "SIGKILL", attributes.KILLED_MICROBATCH: 490}
+    sizes = {attributes.MICROBATCH_FITS: 170, attributes.MICROBATCH_FAILS: 490}
+    early = {attributes.KILLED_EARLY: True}
+
+    def known(key: str, stored: dict[str, object]) -> KnownSizes:
+        attrs = {attributes.MEMORY_KEY: key, **stored}
+        trial = optuna.create_trial(value=0.0, user_attrs=attrs)
+        return known_sizes([trial], KEY, batch_size=512)
+
+    assert known(KEY, killed | sizes).deadly
+    assert known(KEY, killed | early).early_deaths
+    assert known(KEY, killed | sizes | {attributes.MICROBATCH_FAILS: 400}).deaths
+    assert not known(KEY, killed | sizes | {attributes.MICROBATCH_FAILS: 400}).deadly
+    other = known("of another machine", killed | sizes | early)
+    assert [other.deaths, other.deadly, other.early_deaths] == [False] * 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from plain_task import plain_task
 from torch import nn
 
@@ -32,8 +33,21 @@ def test_it_would_weigh_microbatches_wrongly(loss: Any, reduction: Any, said: st
             plain_task(loss=loss)
 
 
+class Focal(nn.CrossEntropyLoss):
+    """A mean that is made of the losses of its samples."""
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        losses = super().forward(outputs, targets)
+        return ((1 - (-losses).exp()) ** 2 * losses).mean()
+
+
 def test_means_and_what_says_nothing_are_taken() -> None:
-    for loss in (nn.KLDivLoss(reduction="batchmean"), nn.functional.mse_loss, nn.L1Loss()):
+    for loss in (
+        nn.KLDivLoss(reduction="batchmean"),
+        nn.functional.mse_loss,
+        nn.L1Loss(),
+        Focal(reduction="none"),
+    ):
         AccumulatedBackward(MODEL, loss)
         plain_task(loss=loss)
     AccumulatedBackward(MODEL, nn.MSELoss(reduction="sum"), reduction="sum")

@@ -165,6 +165,14 @@ def test_where_outputs_cannot_be_cut_the_model_gives_those_of_the_halves(
     assert told(lambda o, t: cross_entropy(logits(o), t), model=model) == []
 
 
+def test_a_model_that_draws_differs_from_itself() -> None:
+    class Draws(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+            return x * torch.rand(()), 1.0
+
+    assert told(lambda o, t: cross_entropy(o[0], t), model=Draws()) == []
+
+
 def test_targets_that_are_left_out_need_a_count_though_the_values_do_not_show_it() -> None:
     ignored = torch.where(TOKENS == PADDING, -100, TOKENS)
     alike = torch.zeros_like(TOKEN_LOGITS)  # every token costs the same
@@ -175,6 +183,9 @@ def test_targets_that_are_left_out_need_a_count_though_the_values_do_not_show_it
     (text,) = told(loss, data=(alike, ignored))
     assert "count=lambda inputs, targets: (targets != -100).sum()" in text
     assert told(loss, data=(alike, ignored), count=lambda x, t: (t != -100).sum()) == []
+    assert (
+        told(lambda o, t: (o.argmax(-1) - t).square().float().mean(), data=(alike, ignored)) == []
+    )
     as_often = TOKENS.clone()
     as_often[:, 0] = -100
     assert told(loss, data=(alike, as_often)) == []

@@ -95,14 +95,38 @@ def test_on_a_cpu_that_has_little_left_a_study_plans_with_a_part_of_it(
 ) -> None:
     free["mib"] = 27
     found = predicted(plain_task(model=recorded), NoLimit())
-    assert found == predicted(plain_task(), Told(int(0.3 * 27 * MIB)))
+    least, most = (predicted(plain_task(), Told(int(part * 27 * MIB))) for part in (0.3, 0.5))
     assert found.microbatch is not None
+    assert (least.microbatch or 0) < found.microbatch < (most.microbatch or 0)
     assert 0 < found.microbatch < 256
     assert max(Recorded.real) <= 32  # an eighth of the batch
     shared = StartingSizes(
         plain_task(), device=CPU, limit=NoLimit(), batch_size=256, processes=2
     )  # fmt: skip
     assert 0 < (predicted_for(shared, 256).microbatch or 0) < found.microbatch
+
+
+def test_a_model_that_takes_more_than_that_part_is_still_trained_on_batches(
+    free: dict[str, int],
+) -> None:
+    """With its gradients and AdamW's state 20 MiB; BatchNorm refuses single samples."""
+    model = lambda: nn.Sequential(nn.Linear(16, 65536), nn.BatchNorm1d(65536), nn.Linear(65536, 2))  # noqa: E731
+    for left, least in ((60, 10), (20, 2)):
+        free["mib"] = left
+        found = predicted(plain_task(model=model), NoLimit()).microbatch
+        assert found is None or found >= least
+
+
+def test_an_evaluation_in_larger_pieces_is_looked_at_too(free: dict[str, int]) -> None:
+    """A batch of 4 fits; 256 images of 1 MiB each do not."""
+    data = (torch.randn(4, 1, 64, 64).repeat(64, 1, 1, 1), torch.zeros(256, dtype=torch.long))
+    model = lambda: nn.Sequential(nn.Conv2d(1, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())  # noqa: E731
+    free["mib"] = 200
+    task = plain_task(model=model, train_data=data, valid_data=data)
+    sizes = StartingSizes(task, device=CPU, limit=NoLimit(), batch_size=4)
+    found = predicted_for(sizes, 4)
+    assert found.evaluation is not None
+    assert 4 <= found.evaluation < 256
 
 
 def test_where_nothing_can_be_traced_there_tensors_are_counted(free: dict[str, int]) -> None:
@@ -120,6 +144,12 @@ def test_after_a_death_no_step_is_taken_to_look(free: dict[str, int]) -> None:
     sizes.predict(256, replace(NOTHING_KNOWN, deaths=True), measure=True)
     assert not Recorded.real
     assert 0 < (sizes.predicted(256).microbatch or 0) < 256
+    untraceable = plain_task(model=recorded, loss=looks_at_values)
+    sizes = StartingSizes(untraceable, device=CPU, limit=NoLimit(), batch_size=256)
+    predicted_for(sizes, 16)
+    Recorded.real.clear()
+    sizes.predict(256, replace(NOTHING_KNOWN, deaths=True), measure=True)
+    assert not Recorded.real
 
 
 def test_a_limit_beyond_what_is_left_would_not_be_refused_but_kill(free: dict[str, int]) -> None:
