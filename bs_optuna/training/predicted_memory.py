@@ -116,7 +116,7 @@ class PredictedMemory:
             with suppress(UntraceableError):
                 fixed = self._probe.peak_bytes(1, batch_size=batch_size)
         elif (peak := self._real_steps.least_bytes(batch_size=batch_size)) is not None:
-            fixed = int(peak)
+            fixed = int(min(peak, free_bytes))  # infinite if it ran out all the same
         return fixed + int(PART_OF_HOST * max(0, free_bytes - fixed))
 
     def _largest_fitting(
