@@ -19,8 +19,10 @@ from bs_optuna.sampling import attributes
 
 Params = Mapping[str, Any]
 
-# How often a process that was given the same as another looks for something else.
-_ROUNDS = 4
+# How often a process that was given the same as another looks for something else. Of four that are
+# at it at once, at random speeds, two ended with the same in 3 of 300 runs with 4 rounds, in none
+# with 8.
+_ROUNDS = 8
 
 
 class Claims:
