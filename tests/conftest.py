@@ -1,4 +1,4 @@
-"""What every test shares: the folder of helpers on the path, one thread, quiet Optuna."""
+"""What every test shares: helpers and benchmarks on the path, one thread, quiet Optuna."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # they import each other by name
 # What a shell runs in the background ignores Ctrl-C, and so would the processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Two tests run at a time: threads that wait for each other only cost time, here and in the

@@ -108,13 +108,13 @@ class PredictedMemory:
     def _planned(self, free_bytes: int, batch_size: int) -> int:
         """What to plan with: all that does not go with the microbatch, and of the rest a part.
 
-        Model, gradients and the optimizer's state stay; it is what comes
-        and goes that the C library keeps.
+        Model, gradients and the optimizer's state stay; it is what comes and goes that the C
+        library keeps.
         """
         fixed = 0
-        if self._traced(free_bytes, 1, 1).microbatch is not None and self._probe is not None:
+        if (probe := self._followed()) is not None:
             with suppress(UntraceableError):
-                fixed = self._probe.peak_bytes(1, batch_size=batch_size)
+                fixed = probe.peak_bytes(1, batch_size=batch_size)
         elif (peak := self._real_steps.least_bytes(batch_size=batch_size)) is not None:
             fixed = int(min(peak, free_bytes))  # infinite if it ran out all the same
         return fixed + int(PART_OF_HOST * max(0, free_bytes - fixed))
@@ -152,27 +152,36 @@ class PredictedMemory:
             raise self.untraceable
         return self._probe.peak_bytes(microbatch_size, batch_size=batch_size)
 
+    def _followed(self) -> MemoryProbe | None:
+        """A training on fake tensors, made once; None where it cannot be followed."""
+        if self._probe is None and self.untraceable is None:
+            try:
+                self._probe = MemoryProbe(self._task, device=self._device)
+            except UntraceableError as error:
+                _logger.info("%s", error)
+                release(error)  # what it holds would count in what is followed next
+                self.untraceable = error
+            finally:
+                clear_caches()  # real steps may follow
+        return self._probe
+
     def _traced(self, available_bytes: int, batch_size: int, most: int) -> FittingSizes:
-        if self.untraceable is not None:
+        if (probe := self._followed()) is None:
             return FittingSizes()
         microbatch: int | None = None
         pieces = max(2 * batch_size, SMALLEST_EVALUATION_BATCH)
         try:
-            self._probe = self._probe or MemoryProbe(self._task, device=self._device)
-            microbatch = self._probe.largest_fitting(available_bytes, batch_size=batch_size)
-            microbatch = min(microbatch, most)
-            evaluation = self._probe.largest_evaluation(
+            microbatch = min(probe.largest_fitting(available_bytes, batch_size=batch_size), most)
+            evaluation = probe.largest_evaluation(
                 available_bytes, batch_size=batch_size, most=pieces
             )
             return FittingSizes(microbatch, evaluation)
         except UntraceableError as error:
             _logger.info("%s", error)
-            release(error)  # what it holds would count in what is followed next
-            if self._probe is None:
-                self.untraceable = error
+            release(error)
             return FittingSizes(microbatch)
         finally:
-            clear_caches()  # real steps may follow
+            clear_caches()
 
     def _contradicted(self, size: int, batch_size: int, available_bytes: int) -> bool:
         """Whether a real step of half a size shows that the whole of it does not fit.
