@@ -5,15 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-
-from bs_optuna.training.random_states import random_states
 
 
 _logger = logging.getLogger(__name__)
@@ -63,36 +59,6 @@ class CheckpointFile:
         """Removes the file, and what a process that was killed left of one."""
         _remove(self._part)
         _remove(self._path)
-
-
-def training_state(
-    modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer, device: torch.device
-) -> dict[str, Any]:
-    """The state of modules, optimizer and every random generator, not copied."""
-    return {
-        "modules": [module.state_dict() for module in modules],
-        "optimizer": optimizer.state_dict(),
-        "random": random_states(device),
-    }
-
-
-def load_training_state(
-    state: dict[str, Any], modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer
-) -> bool:
-    """Loads modules and optimizer; the random states are left to the caller.
-
-    Returns:
-        Whether the state is that of such a model; if not, nothing can be said of what was loaded.
-    """
-    try:
-        for module, stored in zip(modules, state["modules"], strict=True):
-            module.load_state_dict(stored)
-        optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        _logger.warning("a checkpoint is of another model (%s); the trial begins anew", reason)
-        return False
-    return True
 
 
 def _remove(path: Path) -> None:

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.science.accumulation import AccumulationPlan
 from bs_optuna.training.backward import AccumulatedBackward
 from bs_optuna.training.checkpoint import CheckpointFile
-from bs_optuna.training.checkpoint import load_training_state
-from bs_optuna.training.checkpoint import training_state
 from bs_optuna.training.data import Data
 from bs_optuna.training.data import length
 from bs_optuna.training.data import training_batches
 from bs_optuna.training.evaluation import Evaluation
+from bs_optuna.training.learner import Learner
 from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.lost import Lost
 from bs_optuna.training.lost import check_thrashing
 from bs_optuna.training.microbatch_unit import MicrobatchUnit
 from bs_optuna.training.peak_memory import PeakMemory
 from bs_optuna.training.random_states import restore_random_states
-from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.run_settings import RunSettings
 from bs_optuna.training.rungs import Checkpoint
 from bs_optuna.training.rungs import rungs
-from bs_optuna.training.schedule import Schedule
 from bs_optuna.training.search import Search
-from bs_optuna.training.snapshot import parameters_of
 from bs_optuna.training.stepping import GuardedStep
 from bs_optuna.training.task import TrainingTask
 from bs_optuna.training.unusable import check_kind_of_loss
@@ -96,7 +89,6 @@ class TrainingRun:
         evaluating: Callable[[int], None] = lambda piece: None,
     ) -> None:
         self._task = task
-        self._given_loss = task.loss
         self.settings = settings
         self._device = device
         self._limit = limit
@@ -187,23 +179,23 @@ class TrainingRun:
         Raises:
             MicrobatchDoesNotFitError: One sample does not fit.
         """
-        values = self._evaluation(self._model, data, within=self._limit.active())
+        values = self._evaluation(self._learner.model, data, within=self._limit.active())
         if self._evaluation.lost.attempts or self.settings.evaluation_killed:
             self.evaluation_fits = self._evaluation.batch_size
         return values
 
     def _save(self) -> None:
         if self._file is not None:
-            state = training_state(self._modules(), self._optimizer, self._device)
             progress = {name: getattr(self, name) for name in _PROGRESS}
-            self._file.write({**state, "progress": progress, "seconds": self.seconds})
+            state = {**self._learner.state(), "progress": progress, "seconds": self.seconds}
+            self._file.write(state)
 
     def _resume(self) -> dict[str, Any] | None:
         """Loads what the file holds; returns the random states, to be restored last."""
         state = None if self._file is None else self._file.read()
         if state is None:
             return None
-        if not load_training_state(state, self._modules(), self._optimizer):
+        if not self._learner.load(state):
             self._build()
             return None
         for name in _PROGRESS:
@@ -211,36 +203,24 @@ class TrainingRun:
         self._begin = time.perf_counter() - state["seconds"]
         return dict(state["random"])
 
-    def _modules(self) -> list[nn.Module]:
-        return [m for m in (self._model, self._task.loss) if isinstance(m, nn.Module)]
-
     def _build(self) -> None:
-        torch.manual_seed(self.settings.seed)
         with self._limit.active():
-            self._model = self._task.new_model().to(self._device)
-            if isinstance(self._given_loss, nn.Module):  # with weights or parameters of its own
-                loss = copy.deepcopy(self._given_loss).to(self._device)
-                self._task = replace(self._task, loss=loss)
-        self._model.train()
-        self._parameters = parameters_of(self._modules())
-        make_optimizer = optimizer_factory(self._task.optimizer)
-        self._optimizer = make_optimizer(self._parameters, self.settings.learning_rate)
-        self._guarded_step = GuardedStep(self._optimizer)
-        self._schedule = Schedule(self._optimizer, total=self._total)
-        self.warmup = self._schedule.warmup
+            self._learner = Learner(self._task, self.settings, self._device)
+        self._guarded_step = GuardedStep(self._learner.optimizer)
+        self.warmup = self._learner.schedule.warmup
         # Of a budget in seconds the first step is not known; it is taken for the whole warmup.
         self._step_progress = 1.0 / self._total if self._total else self.warmup
         self._backward = self._make_backward()
         pieces = max(2 * self.microbatch_size, SMALLEST_EVALUATION_BATCH)
         if self.settings.evaluation_batch_size is not None:
             pieces = max(1, min(pieces, self.settings.evaluation_batch_size))
-        self._evaluation = Evaluation(self._task, batch_size=pieces)
+        self._evaluation = Evaluation(self._learner.task, batch_size=pieces)
         self._losses = [self._backward.lost, self._guarded_step.lost, self._evaluation.lost]
 
     def _make_backward(self) -> AccumulatedBackward:
         backward = AccumulatedBackward(
-            self._model,
-            self._task.loss,
+            self._learner.model,
+            self._learner.task.loss,
             count=self._task.count,
             batch_norm=self._task.batch_norm,
             smaller=self._smaller,
@@ -267,8 +247,10 @@ class TrainingRun:
         begin, settings = time.perf_counter(), self.settings
         inputs, targets = next(batches)
         # The middle of the step, so that neither the first nor the last one is lost to a rate of 0.
-        self._schedule.set(self._progress() + 0.5 * self._step_progress)
-        for parameter in self._parameters:  # optimizer.zero_grad() would take ten times as long
+        self._learner.schedule.set(self._progress() + 0.5 * self._step_progress)
+        for (
+            parameter
+        ) in self._learner.parameters:  # optimizer.zero_grad() would take ten times as long
             parameter.grad = None
         fitted, failures = self.fits, len(self.failed_sizes)
         with self._limit.active():
@@ -304,7 +286,7 @@ class TrainingRun:
             raise
         except Exception:
             if self.steps == 0:
-                check_kind_of_loss(self._model, self._task.loss, (inputs, targets))
+                check_kind_of_loss(self._learner.model, self._learner.task.loss, (inputs, targets))
             raise
         self.warned = self._backward.warned
         *failed, ran = result.sizes_tried
