@@ -25,6 +25,9 @@ from bs_optuna.training.starting_sizes import available_bytes
 from bs_optuna.training.task import TrainingTask
 
 
+_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What a step on a batch is predicted to need.
@@ -71,10 +74,11 @@ def forecast(config: StudyConfig, task: TrainingTask) -> Table:
     table = Table(title=title, title_justify="left")
     for column in ("batch size", "microbatch size", "accumulation steps", "peak", "fits"):
         table.add_column(column, justify="right")
+    highest = max((row.peak_bytes for row in rows if row.peak_bytes < math.inf), default=0.0)
     for row in rows:
         numbers = (row.plan.batch_size, row.plan.microbatch_size, row.plan.accumulation_steps)
         fits = "yes" if row.fits else "[bold red]no"
-        table.add_row(*map(str, numbers), _mib(row.peak_bytes), fits)
+        table.add_row(*map(str, numbers), _shown(row.peak_bytes, like=highest), fits)
     return table
 
 
@@ -128,13 +132,18 @@ def _is_elsewhere(device: torch.device, limit_bytes: int) -> bool:
 
 def _described(memory: int, device: torch.device, config: StudyConfig) -> str:
     if config.memory_limit is not None:
-        less = f" ({_mib(memory)} are free)" if memory < config.memory_limit else ""
-        return f"limit {_mib(config.memory_limit)}{less}"
+        less = f" ({_shown(memory)} are free)" if memory < config.memory_limit else ""
+        return f"limit {_shown(config.memory_limit)}{less}"
     workers = f" for each of {config.workers} workers" if (config.workers or 1) > 1 else ""
     if device.type != "cpu":
-        return f"{_mib(memory)} free{workers}"
-    return f"{_mib(memory)} free{workers}, {100 * PART_OF_HOST:.0f} % of it for activations"
+        return f"{_shown(memory)} free{workers}"
+    return f"{_shown(memory)} free{workers}, {100 * PART_OF_HOST:.0f} % of it for activations"
 
 
-def _mib(size: float) -> str:
-    return "more" if size == math.inf else f"{size / 2**20:,.1f} MiB"
+def _shown(size: float, *, like: float | None = None) -> str:
+    """A number of bytes in the unit that suits it, or another one that it stands beside."""
+    if size == math.inf:
+        return "more"
+    suited = size if like is None else like
+    unit = next((unit for unit in _UNITS if suited >= _UNITS[unit]), "KiB")
+    return f"{size / _UNITS[unit]:,.1f} {unit}"

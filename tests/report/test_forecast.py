@@ -12,6 +12,7 @@ import torch
 from children import run_python
 from plain_task import plain_task
 from rich.console import Console
+from torch import nn
 
 from bs_optuna.config import StudyConfig
 from bs_optuna.errors import ConfigError
@@ -67,6 +68,16 @@ def test_the_largest_microbatch_and_the_optimizer_of_the_settings_count() -> Non
     )
     assert small[1:3] == large[1:3] == ["8", "8"]
     assert float(small[3].removesuffix(" MiB")) < float(large[3].removesuffix(" MiB"))
+
+
+@pytest.mark.parametrize(("width", "unit"), [(4, "KiB"), (4096, "MiB")])
+def test_peaks_are_in_the_unit_that_suits_the_largest(width: int, unit: str) -> None:
+    model = lambda: nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 10))  # noqa: E731
+    peaks = [row[3] for row in rows(plain_task(model=model), batch_size="1:256")]
+    assert {peak.rpartition(" ")[2] for peak in peaks} == {unit}
+    values = [float(peak.partition(" ")[0]) for peak in peaks]
+    assert values == sorted(values)
+    assert 1 <= values[-1] < 1024
 
 
 def test_a_task_that_needs_values_cannot_be_forecast() -> None:
