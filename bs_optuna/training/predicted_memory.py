@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from bs_optuna.errors import UntraceableError
-from bs_optuna.training.fake_leftovers import clear_caches
+from bs_optuna.training.fake_leftovers import forget_fake_tensors
 from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.loop import SMALLEST_EVALUATION_BATCH
 from bs_optuna.training.measured_memory import MeasuredMemory
@@ -103,7 +103,7 @@ class PredictedMemory:
             # It is a guess that memory is short; BatchNorm refuses a single sample for certain.
             return replace(found, microbatch=max(found.microbatch, min(FEWEST_SAMPLES, most)))
         finally:
-            clear_caches()
+            forget_fake_tensors()
 
     def _planned(self, free_bytes: int, batch_size: int) -> int:
         """What to plan with: all that does not go with the microbatch, and of the rest a part.
@@ -162,7 +162,7 @@ class PredictedMemory:
                 release(error)  # what it holds would count in what is followed next
                 self.untraceable = error
             finally:
-                clear_caches()  # real steps may follow
+                forget_fake_tensors()  # real steps may follow
         return self._probe
 
     def _traced(self, available_bytes: int, batch_size: int, most: int) -> FittingSizes:
@@ -181,7 +181,7 @@ class PredictedMemory:
             release(error)
             return FittingSizes(microbatch)
         finally:
-            clear_caches()
+            forget_fake_tensors()
 
     def _contradicted(self, size: int, batch_size: int, available_bytes: int) -> bool:
         """Whether a real step of half a size shows that the whole of it does not fit.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import random
 import warnings
@@ -20,7 +19,6 @@ from bs_optuna.training import Budget
 from bs_optuna.training import TrainingObjective
 from bs_optuna.training import TrainingTask
 from bs_optuna.training import measured_memory
-from bs_optuna.training.fake_leftovers import own_copy
 from bs_optuna.training.limit import NoLimit
 from bs_optuna.training.measured_memory import MeasuredMemory
 from bs_optuna.training.predicted_memory import PredictedMemory
@@ -177,53 +175,3 @@ def test_a_half_that_runs_out_of_memory_contradicts_the_prediction() -> None:
     found = memory.largest_fitting(8 * MIB, measure=True, **options)
     assert found.microbatch is not None
     assert found.microbatch <= 32 < traced.microbatch  # about right; see the fixture
-
-
-@functools.lru_cache
-def positions(count: int) -> torch.Tensor:
-    return torch.arange(count).float()[:, None] / count
-
-
-class Positioned(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x + positions(len(x)))
-
-
-class KeepsAMean:
-    """A loss that is no module and has a state."""
-
-    def __init__(self) -> None:
-        self.mean = torch.zeros(())
-
-    def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss = nn.functional.cross_entropy(outputs, targets)
-        self.mean = 0.9 * self.mean + 0.1 * loss.detach()
-        return loss
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"model": lambda: Positioned(16, 10), "loss": nn.functional.cross_entropy},
-        {"loss": KeepsAMean()},
-        {"loss": nn.functional.cross_entropy, "metrics": {"mean": KeepsAMean()}},
-    ],
-)
-def test_no_fake_tensor_stays_where_the_training_finds_it(changes: dict[str, Any]) -> None:
-    task = make_task(**changes)
-    memory = PredictedMemory(task, device=CPU, limit=Told())
-    found = memory.largest_fitting(8 * MIB, batch_size=256, most=256, measure=False)
-    assert found.microbatch is not None
-    kept = [f.mean for f in (task.loss, *task.metrics.values()) if isinstance(f, KeepsAMean)]
-    for tensor in (positions(256), positions(512), *kept):
-        assert type(tensor) is torch.Tensor
-        assert tensor.sum().item() >= 0
-
-
-def test_the_object_of_a_method_is_not_copied() -> None:
-    class Holder:
-        def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return nn.functional.cross_entropy(outputs, targets)
-
-    holder = Holder()
-    assert own_copy(holder.loss, {}).__self__ is holder  # type: ignore[attr-defined]

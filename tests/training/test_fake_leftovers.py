@@ -1,0 +1,159 @@
+"""After a prediction on fake tensors a task's own code finds none of them where it keeps things."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from typing import Any
+from typing import ClassVar
+
+import pytest
+import torch
+from plain_task import plain_task
+from torch import nn
+
+from bs_optuna.training.fake_leftovers import own_copy
+from bs_optuna.training.limit import NoLimit
+from bs_optuna.training.predicted_memory import PredictedMemory
+
+
+CPU = torch.device("cpu")
+MIB = 2**20
+
+
+def made(count: int) -> torch.Tensor:
+    return torch.arange(count).float()[:, None]
+
+
+@functools.lru_cache
+def in_cached_function(count: int) -> torch.Tensor:
+    return made(count)
+
+
+by_count: dict[int, torch.Tensor] = {}
+by_kind: dict[str, OrderedDict[int, tuple[int, torch.Tensor]]] = {"positions": OrderedDict()}
+seen: list[torch.Tensor] = []
+largest: torch.Tensor | None = None
+
+
+def in_dict(count: int) -> torch.Tensor:
+    if count not in by_count:
+        by_count[count] = made(count)
+    return by_count[count]
+
+
+def in_dict_of_dicts(count: int) -> torch.Tensor:
+    cache = by_kind["positions"]
+    if count not in cache:
+        cache[count] = (count, made(count))
+    return cache[count][1]
+
+
+def in_list(count: int) -> torch.Tensor:
+    for tensor in seen:
+        if len(tensor) == count:
+            return tensor
+    seen.append(made(count))
+    return seen[-1]
+
+
+def in_global_name(count: int) -> torch.Tensor:
+    global largest
+    if largest is None or len(largest) < count:
+        largest = made(count)
+    return largest[:count]
+
+
+class Cache:
+    kept: ClassVar[dict[int, torch.Tensor]] = {}
+
+    def __init__(self) -> None:
+        self.own: dict[int, torch.Tensor] = {}
+
+    @staticmethod
+    @functools.cache
+    def in_static_method(count: int) -> torch.Tensor:
+        return made(count)
+
+    def in_class(self, count: int) -> torch.Tensor:
+        return self.kept.setdefault(count, made(count))
+
+    def in_object(self, count: int) -> torch.Tensor:
+        return self.own.setdefault(count, made(count))
+
+
+cache = Cache()
+
+
+class Positioned(nn.Linear):
+    def __init__(self, positions: Any) -> None:
+        super().__init__(16, 10)
+        self.positions = positions
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + self.positions(len(x)))
+
+
+def predict(**changes: Any) -> None:
+    task = plain_task(**changes)
+    memory = PredictedMemory(task, device=CPU, limit=NoLimit())
+    found = memory.largest_fitting(8 * MIB, batch_size=256, most=256, measure=False)
+    assert found.microbatch is not None
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        in_cached_function,
+        in_dict,
+        in_dict_of_dicts,
+        in_list,
+        in_global_name,
+        Cache.in_static_method,
+        cache.in_class,
+        cache.in_object,
+    ],
+)
+def test_no_fake_tensor_stays_in_a_cache(positions: Any) -> None:
+    before = positions(7)
+    predict(model=lambda: Positioned(positions))
+    for count in (1, 2, 128, 256, 512):
+        tensor = positions(count)
+        assert type(tensor) is torch.Tensor
+        assert torch.equal(tensor, made(count))
+    assert torch.equal(positions(7), before)
+
+
+def test_what_is_real_stays_in_a_cache() -> None:
+    before = in_dict(9)
+    predict(model=lambda: Positioned(in_dict))
+    assert by_count[9] is before
+
+
+class KeepsAMean:
+    """A loss that is no module and has a state."""
+
+    def __init__(self) -> None:
+        self.mean = torch.zeros(())
+
+    def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = nn.functional.cross_entropy(outputs, targets)
+        self.mean = 0.9 * self.mean + 0.1 * loss.detach()
+        return loss
+
+
+@pytest.mark.parametrize("where", ["loss", "metric"])
+def test_a_loss_or_metric_that_keeps_a_tensor_is_copied(where: str) -> None:
+    keeper = KeepsAMean()
+    predict(**({"loss": keeper} if where == "loss" else {"metrics": {"mean": keeper}}))
+    assert type(keeper.mean) is torch.Tensor
+    assert keeper.mean.item() >= 0
+
+
+def test_the_object_of_a_method_is_not_copied() -> None:
+    class Holder:
+        def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return nn.functional.cross_entropy(outputs, targets)
+
+    holder = Holder()
+    assert own_copy(holder.loss, {}).__self__ is holder  # type: ignore[attr-defined]
