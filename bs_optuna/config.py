@@ -145,7 +145,12 @@ class StudyConfig(BaseModel):
         description="storage URL, or an SQLite file; its folder is made if no more than that is "
         "missing (default: sqlite:///studies/STUDY.db)",
     )
-    trials: Whole = Field(30, ge=1, description="trials in all; more if they are done already")
+    trials: Whole = Field(
+        30,
+        ge=0,
+        description="trials in all; more if they are done already; 0 trains nothing and says what "
+        "was found",
+    )
     timeout: Annotated[float | None, BeforeValidator(_number)] = Field(
         None, gt=0, description="start no trial after so many seconds"
     )

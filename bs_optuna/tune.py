@@ -237,16 +237,22 @@ def _run_task(
     console: Console,
     verbosity: Verbosity,
 ) -> int:
+    from bs_optuna.report.note import publish
     from bs_optuna.report.summary import LINE_WIDTH
     from bs_optuna.report.summary import summary
+    from bs_optuna.study.conclusion import as_found
     from bs_optuna.study.conclusion import conclude
     from bs_optuna.study.tuning import prepare
 
     tuning = prepare(config, task)
     try:
-        _search(tuning, config, console, verbosity)
-        with console.status("training the recommended setting anew"):
-            conclusion = conclude(tuning, final_runs=config.final_runs)
+        if config.trials:
+            _search(tuning, config, console, verbosity)
+            with console.status("training the recommended setting anew"):
+                conclusion = conclude(tuning, final_runs=config.final_runs)
+                publish(tuning, conclusion)
+        else:
+            conclusion = as_found(tuning)
     except KeyboardInterrupt:
         again = shlex.join(["python", "-m", "bs_optuna.tune", *arguments])
         console.print(

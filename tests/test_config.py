@@ -53,7 +53,7 @@ def test_what_is_shown_can_be_read(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         ({"trials": "many"}, "trials=many; must be a whole number."),
-        ({"trials": "0"}, "trials=0; must be greater than or equal to 1."),
+        ({"trials": -1}, "trials=-1; must be greater than or equal to 0."),
         ({"workers": "0"}, "workers=0; must be greater than or equal to 1."),
         ({"isolate": "maybe"}, "isolate=maybe; must be a valid boolean"),
         ({"trials": 2.5}, "trials=2.5; must be a whole number."),

@@ -47,17 +47,22 @@ def summary(
     parts: list[RenderableType] = []
     if conclusion is None:
         parts.append(Text("No trial was completed, so there is nothing to recommend.", "bold red"))
-    else:
-        rows = _setting_rows(tuning, conclusion) + _score_rows(tuning, conclusion)
-        parts.append(Text(f"\nRecommended for {tuning.task.name}", "bold"))
-        parts.append(_table(rows, width))
-    parts.append(Text("\nEvidence", "bold"))
-    parts.append(_table(_evidence_rows(tuning, conclusion), width))
+    for title, rows in tables(tuning, conclusion).items():
+        parts += [Text(f"\n{title}", "bold"), _table(rows, width)]
     parts.append(Text("\nOpen the study"))
     parts.append(
         Text(f"  optuna-dashboard {shlex.quote(tuning.storage)}", "bold cyan", no_wrap=True)
     )
     return Group(*parts)
+
+
+def tables(tuning: Tuning, conclusion: Conclusion | None) -> dict[str, list[tuple[str, str]]]:
+    """Names and values of the summary's tables, by the title of each."""
+    evidence = {"Evidence": _evidence_rows(tuning, conclusion)}
+    if conclusion is None:
+        return evidence
+    rows = _setting_rows(tuning, conclusion) + _score_rows(tuning, conclusion)
+    return {f"Recommended for {tuning.task.name}": rows, **evidence}
 
 
 def _table(rows: Sequence[tuple[str, str]], width: int) -> Text:

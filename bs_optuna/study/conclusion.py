@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -95,22 +96,43 @@ def conclude(tuning: Tuning, *, final_runs: int) -> Conclusion | None:
         for part, values in run.items():
             for name, value in values.items():
                 scores[part].setdefault(name, []).append(value)
-    conclusion = Conclusion(
-        batch_size=trial.params["batch_size"],
-        learning_rate=trial.params["lr"],
-        warmup=trial.user_attrs.get(attributes.WARMUP, LONGEST_WARMUP),
-        microbatch_size=trial.user_attrs.get(
-            attributes.MICROBATCH_SIZE, trial.params["batch_size"]
-        ),
-        accumulation_steps=trial.user_attrs.get(attributes.ACCUMULATION_STEPS, 1),
-        evidence=evidence,
-        valid=scores["valid"],
-        test=scores["test"],
-        failed=failed,
+    conclusion = replace(
+        _untested(trial, evidence), valid=scores["valid"], test=scores["test"], failed=failed
     )
     stored = {**_plain(asdict(conclusion)), "trials": tuning.finished}
     tuning.study.set_user_attr(attributes.RECOMMENDATION, stored)
     return conclusion
+
+
+def as_found(tuning: Tuning) -> Conclusion | None:
+    """What `conclude` would recommend now; nothing is trained or stored.
+
+    Returns:
+        None if no trial was completed. Its scores are those of earlier final runs of the setting.
+    """
+    trial, evidence = _recommended(tuning.study)
+    if trial is None:
+        return None
+    found = _untested(trial, evidence)
+    stored = tuning.study.user_attrs.get(attributes.RECOMMENDATION, {})
+    if any(stored.get(name) != getattr(found, name) for name in ("batch_size", "learning_rate")):
+        return found
+    return replace(found, **{name: stored[name] for name in ("valid", "test", "failed")})
+
+
+def _untested(trial: optuna.trial.FrozenTrial, evidence: Recommendation | None) -> Conclusion:
+    batch_size = trial.params["batch_size"]
+    return Conclusion(
+        batch_size=batch_size,
+        learning_rate=trial.params["lr"],
+        warmup=trial.user_attrs.get(attributes.WARMUP, LONGEST_WARMUP),
+        microbatch_size=trial.user_attrs.get(attributes.MICROBATCH_SIZE, batch_size),
+        accumulation_steps=trial.user_attrs.get(attributes.ACCUMULATION_STEPS, 1),
+        evidence=evidence,
+        valid={},
+        test={},
+        failed=0,
+    )
 
 
 def _recommended(

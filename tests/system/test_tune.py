@@ -12,6 +12,7 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import TrialState
+from optuna_dashboard import get_note
 
 from bs_optuna.sampling import attributes
 from bs_optuna.science.throughput import smallest_fast
@@ -79,6 +80,12 @@ def test_a_study_runs_is_summed_up_and_goes_on(tmp_path: Path) -> None:
     assert "trial 6:" not in again.stdout
     assert "Recommended for digits" in again.stdout
     assert len(study.trials) == 7
+
+    found = tune(tmp_path, "--trials", "0")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == again.stdout  # scores and all, without a trial or a training
+    assert len(study.trials) == 7
+    assert "## Recommended for digits" in get_note(study)
 
     other = tune(tmp_path, "--trials", "4", "--budget", "samples=700")
     assert other.returncode == 2
