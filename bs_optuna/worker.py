@@ -188,6 +188,7 @@ def _run_trials(
 ) -> None:
     import torch
 
+    from bs_optuna.study.collecting import imports_left_out
     from bs_optuna.study.storage_errors import named_storage_errors
     from bs_optuna.study.tuning import prepare
     from bs_optuna.study.tuning import storage_of
@@ -199,14 +200,15 @@ def _run_trials(
     task = load_task(config.task)
     with named_storage_errors(storage_of(config, task)):
         tuning = prepare(config, task, checkpoints=checkpoints)
-        while _is_asked(pipe):
-            with interruption.deferred():
-                tuning.run_one(
-                    created=lambda trial: _tell(pipe, "created", trial.number),
-                    started=lambda trial: _tell(pipe, "started", trial.number),
-                    ended=lambda study, trial: _tell(pipe, "ended", trial.number),
-                    training=interruption.allowed,
-                )
+        with imports_left_out():
+            while _is_asked(pipe):
+                with interruption.deferred():
+                    tuning.run_one(
+                        created=lambda trial: _tell(pipe, "created", trial.number),
+                        started=lambda trial: _tell(pipe, "started", trial.number),
+                        ended=lambda study, trial: _tell(pipe, "ended", trial.number),
+                        training=interruption.allowed,
+                    )
 
 
 def _is_asked(pipe: Connection) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -25,6 +24,7 @@ from bs_optuna.sampling.sampler import CoupledSampler
 from bs_optuna.study.blame import described
 from bs_optuna.study.blame import named_errors
 from bs_optuna.study.blame import set_up_of
+from bs_optuna.study.collecting import imports_left_out
 from bs_optuna.study.device import device_named
 from bs_optuna.study.interruption import requeue_interrupted
 from bs_optuna.study.opening import open_study
@@ -108,7 +108,8 @@ class Tuning:
                 study.stop()
 
         left = max(0, self.trials - self.finished)
-        self._optimize(observed, n_trials=left, timeout=timeout, ended=after)
+        with imports_left_out():
+            self._optimize(observed, n_trials=left, timeout=timeout, ended=after)
 
     def run_one(
         self,
@@ -119,6 +120,8 @@ class Tuning:
         training: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """Runs one trial, the first in the queue if there is one; for the rest see `run`.
+
+        Call it inside `imports_left_out`.
 
         Args:
             created: Called when there is a trial, without any setting.
@@ -145,17 +148,12 @@ class Tuning:
         timeout: float | None,
         ended: Ended,
     ) -> None:
-        # What was imported stays; to look through all of it for garbage takes 0.2 s a time.
-        gc.freeze()
-        try:
-            self.study.optimize(
-                requeue_interrupted(objective),
-                n_trials=n_trials,
-                timeout=timeout,
-                callbacks=[ended],
-            )
-        finally:
-            gc.unfreeze()
+        self.study.optimize(
+            requeue_interrupted(objective),
+            n_trials=n_trials,
+            timeout=timeout,
+            callbacks=[ended],
+        )
 
 
 def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None = None) -> Tuning:

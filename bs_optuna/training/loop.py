@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 
@@ -218,12 +219,14 @@ class TrainingRun:
         self._losses = [self._backward.lost, self._guarded_step.lost, self._evaluation.lost]
 
     def _make_backward(self) -> AccumulatedBackward:
+        # A cycle would keep the model in memory until the garbage collector comes.
+        smaller = WeakMethod(self._smaller)
         backward = AccumulatedBackward(
             self._learner.model,
             self._learner.task.loss,
             count=self._task.count,
             batch_norm=self._task.batch_norm,
-            smaller=self._smaller,
+            smaller=lambda failed, size: call(failed, size) if (call := smaller()) else size,
             **self._unit.settings(self._task, self.microbatch_size),
         )
         backward.warned |= self.warned
