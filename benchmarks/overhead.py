@@ -29,6 +29,7 @@ from bs_optuna.training import AccumulatedBackward
 from bs_optuna.training import GuardedStep
 from bs_optuna.training.data import evaluation_batches
 from bs_optuna.training.data import training_batches
+from bs_optuna.training.loop import STEPS_BETWEEN_CHECKS
 from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.schedule import learning_rate_factor
 
@@ -116,7 +117,8 @@ def bare_training(setting: dict[str, Any]) -> None:
         loss = task.loss(model(inputs), targets)
         loss.backward()
         optimizer.step()
-        loss.item()
+        if setting["device"].type == "cpu" or done % STEPS_BETWEEN_CHECKS == 0:
+            loss.item()  # as often as bs_optuna: it waits for an accelerator
         if (done + 1) * 5 // setting["total"] > done * 5 // setting["total"]:
             bare_evaluation(model, setting)
 

@@ -25,6 +25,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Programs that tests start, with limits on the CPU's memory, would train on a GPU instead.
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from typing import Any
 from typing import Literal
 
@@ -272,11 +273,13 @@ class AccumulatedBackward:
             verdict = OutOfMemory("batch normalization", None, False, str(failed))
         if verdict is not None:
             release(failed)
-        if before is not None:
-            before.restore()
         if verdict is None:
+            if before is not None:
+                with suppress(Exception):  # of a device that answers nothing any more
+                    before.restore()
             raise failed
         if before is not None:
+            before.restore()
             before.check_complete()
         return verdict
 

@@ -42,7 +42,8 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 
 
 def _to(device: torch.device, leaf: torch.Tensor) -> torch.Tensor:
-    return leaf if leaf.device == device else leaf.to(device, non_blocking=True)
+    # To the host nothing would wait until it is there.
+    return leaf if leaf.device == device else leaf.to(device, non_blocking=device.type != "cpu")
 
 
 def batch_length(batch: Any) -> int:

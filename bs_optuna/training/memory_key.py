@@ -44,7 +44,7 @@ def memory_key(
         task: Its model is built twice, and its optimizer once.
         device: Where it is trained.
         limit_bytes: The limit on memory, if there is one.
-        processes: How many share the memory of a CPU, where each has no limit of its own.
+        processes: How many share the memory, where each has no limit of its own.
     """
     once = _described(task.new_model())
     model = task.new_model()
@@ -54,8 +54,8 @@ def memory_key(
         [part for part, other in zip(once, _described(model), strict=False) if part == other],
         [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves],
         _optimizer(task, model),
-        _device_name(device),
-        _host_share(processes) if limit_bytes is None and device.type == "cpu" else limit_bytes,
+        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        _share(device, processes) if limit_bytes is None else limit_bytes,
         # Where samples vary in length, sizes are in other units.
         *(() if task.longest is None else (task.longest, task.trim is None)),
         _described(task.loss) if isinstance(task.loss, nn.Module) else _function(task.loss),
@@ -129,11 +129,13 @@ def _optimizer(task: TrainingTask, model: nn.Module) -> Any:
     return type(made).__qualname__, settings
 
 
-def _host_share(processes: int) -> int:
+def _share(device: torch.device, processes: int) -> int | None:
     """About, to an eighth or less: two machines of a kind, or a kernel later, are the same."""
-    share = (total_host_bytes() or 0) // processes
+    if device.type == "cuda":
+        total = int(torch.cuda.get_device_properties(device).total_memory)
+    elif device.type == "cpu":
+        total = total_host_bytes() or 0
+    else:
+        return None
+    share = total // processes
     return share >> max(0, share.bit_length() - 4) << max(0, share.bit_length() - 4)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

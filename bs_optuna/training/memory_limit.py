@@ -68,7 +68,8 @@ class CudaLimit(MemoryLimit):
     def __init__(self, device: torch.device, *, limit_bytes: int) -> None:
         total = torch.cuda.get_device_properties(device).total_memory
         check_limit(limit_bytes, total, "the device has")
-        self._device = device
+        # The functions for the fraction take no device without a number.
+        self._device = torch.cuda.current_device() if device.index is None else device.index
         self._limit_bytes = limit_bytes
         self._fraction = limit_bytes / total
         self._outer = 1.0

@@ -59,10 +59,12 @@ _TEXTS = (
     _Text("cuda", re.compile(r"(?:CUDA (?:driver )?error|Triton Error \[CUDA\]): out of memory")),
     _Text("cuda", re.compile(r"\bCU(?:BLAS|SPARSE|SOLVER)_STATUS_ALLOC_FAILED\b")),
     _Text("cuda", re.compile(r"\bCUFFT_ALLOC_FAILED\b")),
-    _Text("cuda", re.compile(r"\bCUDNN_STATUS_(?:\w*DEVICE_ALLOCATION_FAILED|ALLOC_FAILED)\b")),
+    _Text("cuda", re.compile(r"\bCUDNN_STATUS_(?:\w*(?:DEVICE|HOST)_ALLOCATION|ALLOC)_FAILED\b")),
+    # Its handle takes memory that is not PyTorch's. So says a lost device too; the next try tells.
+    _Text("cuda", re.compile(r"\bCUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate")),
     # On a partitioned GPU (MIG) and on Jetson the allocator asks NVML how much is left, for the
     # text of its error, and dies of that.
-    _Text("cuda", re.compile(r"NVML_SUCCESS == \S+ INTERNAL ASSERT FAILED")),
+    _Text("cuda", re.compile(r"NVML_SUCCESS == .+ INTERNAL ASSERT FAILED")),
     _Text("hip", re.compile(r"HIP out of memory\.|HIP error: out of memory")),
     _Text("hip", re.compile(r"\bHIPBLAS_STATUS_ALLOC_FAILED\b")),
     _Text("xpu", re.compile(r"XPU out of memory\.")),
@@ -87,6 +89,11 @@ _TEXTS = (
     ),
 )
 
+# cuDNN's algorithms are tried in turn, and that memory ran out for one is not handed on.
+_NO_ENGINE = re.compile(
+    r"(?:GET|FIND) was unable to find an engine|Unable to find a valid cuDNN algorithm"
+)
+
 # After these the device answers nothing but errors, whatever was raised before.
 _POISONED = re.compile(
     r"illegal memory access|device-side assert|unspecified launch failure|misaligned address"
@@ -99,6 +106,9 @@ _BYTES = re.compile(
 )
 # PyTorch and NumPy count in powers of 1024, whichever way they spell the unit.
 _UNITS = {"b": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50, "E": 2**60}
+
+
+_refused = 0
 
 
 def classify(error: BaseException) -> OutOfMemory | None:
@@ -127,6 +137,8 @@ def classify(error: BaseException) -> OutOfMemory | None:
 
 def _classify(error: BaseException) -> OutOfMemory | None:
     found = _find(error, frozenset())
+    if found is not None:
+        _has_refused()  # what was refused until now has been seen
     if found is not None and found.retryable and any(map(_is_poisoned, _chain(error))):
         return replace(found, retryable=False)
     return found
@@ -194,6 +206,8 @@ def _find_own(error: Exception) -> OutOfMemory | None:
             for line in text.splitlines():
                 if known.pattern.search(line):
                     return OutOfMemory(known.kind, _parse_bytes(line), known.retryable, line)
+        if _NO_ENGINE.search(text) and _has_refused():
+            return OutOfMemory("cuda", None, True, _first_line(error))
     if isinstance(error, torch.OutOfMemoryError):
         return OutOfMemory("device", _parse_bytes(str(error)), True, _first_line(error))
     if isinstance(error, MemoryError):
@@ -201,6 +215,20 @@ def _find_own(error: Exception) -> OutOfMemory | None:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return OutOfMemory("cpu", None, True, _first_line(error))
     return None
+
+
+def _has_refused() -> bool:
+    """Whether CUDA's allocator has refused memory since this was last asked."""
+    global _refused
+    before, _refused = _refused, _refusals()
+    return _refused > before
+
+
+def _refusals() -> int:
+    if not torch.cuda.is_initialized():
+        return 0
+    devices = range(torch.cuda.device_count())
+    return sum(torch.cuda.memory_stats(device).get("num_ooms", 0) for device in devices)
 
 
 def _is_poisoned(error: BaseException) -> bool:

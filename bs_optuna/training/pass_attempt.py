@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from collections.abc import Sequence
+from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import field
 from enum import IntEnum
@@ -143,7 +145,9 @@ class Attempt:
         else:
             release(error)
         before = self.before
-        self.undo()
+        # A device that answers nothing any more must not keep the others waiting.
+        with nullcontext() if self.error is None else suppress(Exception):
+            self.undo()
         if self.error is None and self.verdict is not None:
             self.error = _incomplete(before)
             empty_caches()

@@ -240,6 +240,7 @@ class RandomStates:
         self._foreign = (random.getstate(), np.random.get_state()) if foreign else None
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if "cuda" in device_types else None
+        self._xpu = torch.xpu.get_rng_state_all() if "xpu" in device_types else None
         self._mps = torch.mps.get_rng_state() if "mps" in device_types else None
 
     def restore(self) -> None:
@@ -251,5 +252,7 @@ class RandomStates:
         torch.set_rng_state(self._cpu)
         if self._cuda is not None:
             torch.cuda.set_rng_state_all(self._cuda)
+        if self._xpu is not None:
+            torch.xpu.set_rng_state_all(self._xpu)
         if self._mps is not None:
             torch.mps.set_rng_state(self._mps)

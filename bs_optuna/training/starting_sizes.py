@@ -142,11 +142,12 @@ def available_bytes(
         processes: How many share what is free; each has the limit for itself.
     """
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # so that what stays is in use
         free, total = torch.cuda.mem_get_info(device)
-        allocated = torch.cuda.memory_allocated(device)
-        free += torch.cuda.memory_reserved(device) - allocated
         free = min(free, total // processes)
-        return free if limit_bytes is None else min(free, limit_bytes - allocated)
+        if limit_bytes is None:
+            return free
+        return min(free, limit_bytes - torch.cuda.memory_reserved(device))
     host = free_host_bytes() if device.type == "cpu" else None
     if host is None:
         return limit_bytes

@@ -281,6 +281,20 @@ def test_an_error_of_the_users_own_passes_and_leaves_no_trace() -> None:
     assert_equal(state(model), before)
 
 
+def test_an_error_of_the_users_own_passes_where_a_lost_device_cannot_be_put_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lost(self: StepSnapshot) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        raise IndexError("target 10 of 10 classes")
+
+    monkeypatch.setattr(StepSnapshot, "restore", lost)
+    with pytest.raises(IndexError, match="target 10"):
+        AccumulatedBackward(network(), loss)(*images())
+
+
 def test_a_last_single_sample_that_meets_a_passing_spike_is_tried_again() -> None:
     calls = 0
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bs_optuna.errors import MicrobatchDoesNotFitError
+from bs_optuna.training import oom
 from bs_optuna.training.oom import OutOfMemory
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import release
@@ -43,6 +44,11 @@ MIG = (
     'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":1154, '
     "please report a bug to PyTorch. "
 )
+JETSON = (
+    "NVML_SUCCESS == DriverAPI::get()->nvmlDeviceGetHandleByPciBusId_v2_( pci_id, &nvml_device) "
+    'INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":1123, please report a bug'
+)
+NO_ENGINE = "GET was unable to find an engine to execute this computation"
 NCCL = (
     "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:275, unhandled cuda error, NCCL "
     "version 2.20.5\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
@@ -122,7 +128,22 @@ POSITIVES: list[tuple[BaseException | Callable[[], BaseException], str, int | No
         None,
         True,
     ),
+    (
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+        "cuda",
+        None,
+        True,
+    ),
+    (
+        RuntimeError(
+            "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+        ),
+        "cuda",
+        None,
+        True,
+    ),
     (RuntimeError(MIG), "cuda", None, True),
+    (RuntimeError(JETSON), "cuda", None, True),
     (torch.OutOfMemoryError(HIP), "hip", round(3.31 * GIB), True),
     (RuntimeError("HIP error: out of memory"), "hip", None, True),
     (torch.OutOfMemoryError(XPU), "xpu", 512, True),
@@ -244,6 +265,7 @@ LOOK_ALIKES: list[BaseException | Callable[[], BaseException]] = [
     RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376"),
     RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."),
+    RuntimeError(NO_ENGINE),
     RuntimeError(NCCL.replace("2 'out of memory'", "1 'invalid argument'")),
     RuntimeError(
         "unable to open shared memory object </torch_1> in read-write mode: "
@@ -274,6 +296,23 @@ def test_look_alikes_are_not_out_of_memory(
     error: BaseException | Callable[[], BaseException],
 ) -> None:
     assert classify(error if isinstance(error, BaseException) else error()) is None
+
+
+def test_an_engine_that_is_not_found_means_memory_if_the_allocator_has_refused_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refusals = 0
+    monkeypatch.setattr(oom, "_refusals", lambda: refusals)
+    classify(MemoryError())  # which has seen all until now
+    assert classify(RuntimeError(NO_ENGINE)) is None
+    refusals = 3
+    verdict = classify(RuntimeError(NO_ENGINE))
+    assert verdict is not None
+    assert (verdict.kind, verdict.retryable) == ("cuda", True)
+    assert classify(RuntimeError(NO_ENGINE)) is None  # none since then
+    refusals = 4
+    assert classify(torch.OutOfMemoryError(CUDA)) is not None
+    assert classify(RuntimeError(NO_ENGINE)) is None  # that one was seen
 
 
 def test_an_error_that_is_its_own_cause_is_classified_all_the_same() -> None:
