@@ -10,6 +10,7 @@ import torch
 from bs_optuna.training.host_memory import free_host_bytes
 from bs_optuna.training.known_sizes import KnownSizes
 from bs_optuna.training.limit import MemoryLimit
+from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.predicted_memory import FittingSizes
 from bs_optuna.training.predicted_memory import PredictedMemory
 from bs_optuna.training.random_states import kept_random_states
@@ -142,7 +143,7 @@ def available_bytes(
         processes: How many share what is free; each has the limit for itself.
     """
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # so that what stays is in use
+        empty_caches()  # so that what stays is in use
         free, total = torch.cuda.mem_get_info(device)
         free = min(free, total // processes)
         if limit_bytes is None:
