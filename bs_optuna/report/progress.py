@@ -45,7 +45,7 @@ class TrialProgress:
         self._lines = verbosity == "verbose" or (verbosity == "normal" and not console.is_terminal)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=8),  # all of it within 80 columns
             MofNCompleteColumn(),
             TextColumn("{task.fields[best]}", markup=False),
             TimeRemainingColumn(compact=True),
@@ -126,4 +126,4 @@ def _best(study: optuna.Study) -> str:
         return "no result yet"
     pick = min if study.direction == StudyDirection.MINIMIZE else max
     best = pick(complete, key=lambda trial: trial.value or 0.0)
-    return f"best {best.value:.4g} ({_setting(best.params)})"
+    return f"best {best.value:.4g} (trial {best.number})"

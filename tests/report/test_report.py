@@ -113,14 +113,18 @@ def test_progress_is_as_loud_as_asked(
 
 
 def test_a_terminal_shows_the_trial_that_runs_and_the_best(tuning: Tuning) -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
     asked = optuna.create_study().ask(tuning.objective.search_space)
     with TrialProgress(console, total=9, finished=4, verbosity="normal") as progress:
         progress.started(asked)
         progress.ended(tuning.study, tuning.study.trials[0])
     assert isinstance(console.file, io.StringIO)
     written = console.file.getvalue()
-    for words in (f"trial {asked.number}: batch", "5/9", "best"):
+    for words in (
+        f"trial {asked.number}: batch",
+        "5/9",
+        f"(trial {tuning.study.best_trial.number})",
+    ):
         assert words in written
 
 
