@@ -1,4 +1,4 @@
-"""Whether an optimizer may step fused where nobody chose its way, and such a step.
+"""Whether an optimizer may step fused where nobody chose its way.
 
 Fused, a step changes all tensors in one operation that allocates nothing, so it needs no copies to
 be undone. PyTorch 2.13's fused kernels for the CPU are not right for everything that others take.
@@ -6,9 +6,7 @@ be undone. PyTorch 2.13's fused kernels for the CPU are not right for everything
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,23 +38,14 @@ def fusible(p: torch.Tensor) -> bool:
     return p.is_cpu and p.dtype in _TYPES and type(p) in _TENSORS and p.is_contiguous()
 
 
-@contextmanager
-def fused(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """A context in which the optimizer steps fused; its settings are as before when it ends."""
-    try:
-        for group in optimizer.param_groups:
-            group["fused"] = True
-        yield
-    finally:
-        for group in optimizer.param_groups:
-            group["fused"] = None
-
-
 def _can_be_fused(group: dict[str, Any], state: Mapping[torch.Tensor, Any]) -> bool:
     if group["fused"] is not None or group["foreach"] is not None or group["differentiable"]:
         return False
     parameters = [p for p in group["params"] if p.grad is not None]
-    if not all(fusible(p) and p.grad.is_contiguous() for p in parameters):  # a sparse one never is
+    # A sparse gradient never is contiguous, and one of another type is possible (`grad_dtype`).
+    if not all(
+        fusible(p) and p.grad.is_contiguous() and p.grad.dtype == p.dtype for p in parameters
+    ):
         return False
     entries = [entry for p in parameters if (entry := state.get(p))]
     return len(entries) in (0, len(parameters)) and all(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,24 +17,25 @@ class StepGroups:
 
     Args:
         optimizer: Goes through its ``param_groups`` once in a step, as PyTorch's own do.
+        fuse: Whether it finds ``fused`` set meanwhile, which nobody else sees.
 
     Attributes:
         done: Those that have been stepped.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, *, fuse: bool) -> None:
         self._optimizer = optimizer
+        self._fuse = fuse
         self.done: list[Group] = []
 
     @contextmanager
     def remaining(self) -> Iterator[None]:
         """A context in which the optimizer steps what is not done yet, and that is noted."""
         groups = self._optimizer.param_groups
-        done = {id(group) for group in self.done}
-        left = _Noting((group for group in groups if id(group) not in done), self.done)
+        noting = _Noting(groups, self.done, fuse=self._fuse)
         # The last of the hooks: others may go through the groups too.
-        handle = self._optimizer.register_step_pre_hook(left.begin)
-        self._optimizer.param_groups = left
+        handle = self._optimizer.register_step_pre_hook(noting.begin)
+        self._optimizer.param_groups = noting
         try:
             yield
         finally:
@@ -44,24 +44,30 @@ class StepGroups:
 
 
 class _Noting(list[Group]):
-    """Groups of which the next iteration notes the ones that it leaves behind."""
+    """All groups; the step goes through those that are left, and each that it leaves is noted."""
 
-    def __init__(self, groups: Iterable[Group], done: list[Group]) -> None:
+    def __init__(self, groups: list[Group], done: list[Group], *, fuse: bool) -> None:
         super().__init__(groups)
         self._done = done
+        self._fuse = fuse
         self._begins = False
 
     def begin(self, *_: object) -> None:
         self._begins = True
 
     def __iter__(self) -> Iterator[Group]:
-        groups = super().__iter__()
         if not self._begins:
-            return groups
+            return super().__iter__()
         self._begins = False
-        return self._noted(groups)
+        return self._noted()
 
-    def _noted(self, groups: Iterator[Group]) -> Iterator[Group]:
-        for group in groups:
-            yield group
+    def _noted(self) -> Iterator[Group]:
+        for group in super().__iter__():
+            if any(group is other for other in self._done):
+                continue
+            try:
+                yield {**group, "fused": True} if self._fuse else group
+            except GeneratorExit:  # PyTorch looks at the first ones, before it steps any
+                self._begins = True
+                raise
             self._done.append(group)  # not reached where stepping it raised

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 
@@ -50,6 +51,19 @@ def groups_alike(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def steps_in_place(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a failure comes before the parameters of a part are touched, once it has state."""
-    fused = all(group.get("fused") for group in optimizer.param_groups)
-    return fused and type(optimizer) in _IN_PLACE
+    """Whether a failure comes before the parameters of a part are touched, once it has state.
+
+    Those that can be captured in a graph are left out: PyTorch may go through all of them before
+    the step does.
+    """
+    return type(optimizer) in _IN_PLACE and all(
+        group.get("fused") and not group.get("capturable") for group in optimizer.param_groups
+    )
+
+
+def is_compiled(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step was put through ``torch.compile``, which takes the groups as they are."""
+    step: Any = vars(optimizer).get("step")
+    while step is not None and not hasattr(step, "_torchdynamo_orig_callable"):
+        step = getattr(step, "__wrapped__", None)  # a scheduler may have wrapped it
+    return step is not None

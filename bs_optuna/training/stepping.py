@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bs_optuna.training.fusing import fused
 from bs_optuna.training.fusing import steps_fused
 from bs_optuna.training.lost import Lost
 from bs_optuna.training.oom import OutOfMemory
@@ -33,6 +32,7 @@ from bs_optuna.training.step_outcome import report
 from bs_optuna.training.step_parts import groups_alike
 from bs_optuna.training.step_parts import groups_with_gradients
 from bs_optuna.training.step_parts import has_its_state
+from bs_optuna.training.step_parts import is_compiled
 from bs_optuna.training.step_parts import parameters_with_gradients
 from bs_optuna.training.step_parts import parts_of
 from bs_optuna.training.step_parts import steps_in_place
@@ -111,7 +111,6 @@ class GuardedStep:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._kept: _Snapshot | None = None  # from a step that the other ranks may have undone
         self._groups: StepGroups | None = None  # of this step, if it is not undone but gone on with
-        self._fuses = False  # in this step, what has not been asked to
         self._ranks: Ranks | None = None
         if process_group is not None:
             device = optimizer.param_groups[0]["params"][0].device
@@ -135,8 +134,6 @@ class GuardedStep:
             self._step_together(self._ranks)
 
     def _step_alone(self) -> None:
-        alone = self._scaler is None and self._ranks is None
-        self._fuses = alone and steps_fused(self._optimizer)
         if self._scaler is not None:
             # It works part by part: with several, one that failed may have left some unscaled.
             attempts = ATTEMPTS if len(parts_of(self._optimizer)) == 1 else 1
@@ -202,16 +199,18 @@ class GuardedStep:
 
     def _guard(self) -> Callable[[bool], _Snapshot]:
         optimizer = self._optimizer
-        in_place = self._scaler is None and (self._fuses or steps_in_place(optimizer))
         parameters = parameters_with_gradients(optimizer)
-        if in_place and has_its_state(optimizer, parameters) and groups_alike(optimizer):
-            self._groups = StepGroups(optimizer)
-            done = self._groups.done
-            return lambda on_host: CounterSnapshot(optimizer, done)
-        # The state of a later part is created when the first has already been stepped.
-        if in_place and len(parts_of(optimizer)) <= 1:
-            self._groups = StepGroups(optimizer)
-            return partial(OptimizerSnapshot, optimizer, parameters, self._groups.done)
+        if self._scaler is None and not is_compiled(optimizer):
+            fuses = self._ranks is None and steps_fused(optimizer)
+            groups = StepGroups(optimizer, fuse=fuses)
+            in_place = fuses or steps_in_place(optimizer)
+            if in_place and has_its_state(optimizer, parameters) and groups_alike(optimizer):
+                self._groups = groups
+                return lambda on_host: CounterSnapshot(optimizer, groups.done)
+            # The state of a later part is created when the first has already been stepped.
+            if in_place and len(parts_of(optimizer)) <= 1:
+                self._groups = groups
+                return partial(OptimizerSnapshot, optimizer, parameters, groups.done)
         return partial(OptimizerSnapshot, optimizer, parameters, None)
 
     def _clip(self, parts: list[list[torch.Tensor]], max_norm: float) -> None:
@@ -225,11 +224,7 @@ class GuardedStep:
         if self._scaler is not None:
             self._scaler.step(self._optimizer)
             return
-        with ExitStack() as stack:
-            if self._groups is not None:
-                stack.enter_context(self._groups.remaining())
-            if self._fuses:
-                stack.enter_context(fused(self._optimizer))
+        with nullcontext() if self._groups is None else self._groups.remaining():
             self._optimizer.step()
 
     def _survive(

@@ -155,3 +155,13 @@ def test_state_that_was_stored_by_either_goes_on_with_the_other() -> None:
         for _ in range(2):
             trained(reference, reference.step, lambda number, i: True)
         torch.testing.assert_close(second, whole)
+
+
+def test_a_gradient_of_another_type_is_left_to_pytorchs_own_way() -> None:
+    parameter = nn.Parameter(torch.ones(40, 33))
+    parameter.grad_dtype = torch.bfloat16
+    parameter.grad = torch.ones(40, 33, dtype=torch.bfloat16)
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    assert not steps_fused(optimizer)
+    GuardedStep(optimizer)()
+    assert_equal(parameter.detach(), torch.full((40, 33), 0.9))

@@ -197,3 +197,82 @@ def test_a_trial_whose_step_was_done_in_part_is_pruned(study: optuna.Study) -> N
         study.optimize(objective, n_trials=1)
     assert study.trials[0].state == optuna.trial.TrialState.PRUNED
     assert device.failures == 3
+
+
+SHORT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB.")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_hook_that_is_called_again_sees_all_groups(name: str) -> None:
+    run = Run(OPTIMIZERS[name])
+    run.train(2)
+    failures = iter([SHORT, None])
+    seen: list[list[Any]] = []
+
+    def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        seen.append([(group["lr"], group["fused"]) for group in optimizer.param_groups])
+        assert optimizer.state_dict()["param_groups"][2]["lr"] == 0.1
+        if error := next(failures):
+            raise error
+
+    chosen = [(group["lr"], group["fused"]) for group in run.optimizer.param_groups]
+    run.optimizer.register_step_post_hook(hook)
+    run.train(1)
+    assert seen == [chosen] * 2
+
+
+def test_a_hook_before_the_step_reaches_the_group_that_it_means_in_each_attempt() -> None:
+    expected, run = (Run(OPTIMIZERS["adamw"]) for _ in range(2))
+
+    def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group, lr in zip(optimizer.param_groups, (0.1, 0.2, 0.3), strict=True):
+            group["lr"] = lr
+
+    for other in (expected, run):
+        other.train(2)
+        other.optimizer.register_step_pre_hook(hook)
+    expected.train(1)
+    device = NeverTheSecond(None)
+    handle = run.optimizer.register_step_pre_hook(
+        lambda *_: setattr(device, "armed", device.failures == 0)
+    )
+    run.train(1, device)
+    handle.remove()
+    assert device.failures == 1
+    assert_equal(run.state(), expected.state())
+
+
+def test_groups_that_are_only_looked_at_before_the_step_are_not_taken_for_stepped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What PyTorch does before a step where there is an accelerator, if the optimizer is a copy.
+    check = lambda self: all(group["capturable"] for group in self.param_groups)  # noqa: E731
+    monkeypatch.setattr(torch.optim.AdamW, "_accelerator_graph_capture_health_check", check)
+    expected, run = (Run(OPTIMIZERS["adamw"]) for _ in range(2))
+    expected.train(3)
+    run.train(2)
+    device = NeverTheSecond(None)
+    run.optimizer.register_step_pre_hook(lambda *_: setattr(device, "armed", device.failures == 0))
+    run.train(1, device)
+    assert device.failures == 1
+    assert_equal(run.state(), expected.state())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch compiles its own
+@pytest.mark.parametrize("name", ["adamw", "adamw fused", "sgd"])
+def test_a_compiled_step_is_undone(name: str) -> None:
+    expected, run = (Run(OPTIMIZERS[name]) for _ in range(2))
+    for other in (expected, run):
+        optimizer = other.optimizer
+        optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+        other.train(2)
+    failures = iter([SHORT, None])
+
+    def hook(*_: Any) -> None:
+        if error := next(failures):
+            raise error
+
+    expected.train(1)
+    run.optimizer.register_step_post_hook(torch.compiler.disable(hook))
+    run.train(1)
+    assert_equal(run.state()[0], expected.state()[0])
