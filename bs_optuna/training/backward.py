@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 from typing import Literal
 
@@ -19,6 +20,8 @@ from torch import nn
 from bs_optuna.science.regrowth import MicrobatchLimit
 from bs_optuna.science.regrowth import Smaller
 from bs_optuna.training.batches import Batch
+from bs_optuna.training.batches import plain
+from bs_optuna.training.buffer_copies import BufferCopies
 from bs_optuna.training.cutting import Count
 from bs_optuna.training.cutting import Cutting
 from bs_optuna.training.cutting import Lengths
@@ -139,9 +142,12 @@ class AccumulatedBackward:
         smaller: Smaller | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if microbatch_size != "auto" and microbatch_size < 1:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model={model!r:.60}; must be an nn.Module.")
+        if microbatch_size != "auto" and not (type(microbatch_size) is int and microbatch_size > 0):
             raise ValueError(
-                f"microbatch_size={microbatch_size}; must be at least 1, or 'auto' to find it."
+                f"microbatch_size={microbatch_size!r}; must be a whole number of at least 1, or "
+                "'auto' to find it."
             )
         if microbatch_size != "auto" and microbatch_tokens is not None:
             raise ValueError(
@@ -173,7 +179,7 @@ class AccumulatedBackward:
         self._device_types = {device.type for device in devices}
         self._device = devices.pop() if len(devices) == 1 else None
         self._foreign = draws_foreign(model, loss_fn)
-        self._buffer_copies: dict[tuple[int, str], torch.Tensor] = {}
+        self._buffers = BufferCopies(self._parts)
         if scaler is not None:
             # It makes its tensors in the first use, and one that failed there stays half made.
             scaler.scale(torch.zeros((), device=device_of(*self._modules)))
@@ -218,7 +224,7 @@ class AccumulatedBackward:
             TypeError: The batch holds something that cannot be cut into microbatches.
             RanksError: Another rank failed with an error of its own, or the ranks differ.
         """
-        batch = (inputs, targets)
+        batch = (plain(inputs), plain(targets))
         if self._shared is not None:
             return self._shared(batch, self._snapshot, self._run_part)
         cut = self._cutting.plans(batch)
@@ -278,9 +284,10 @@ class AccumulatedBackward:
                 with suppress(Exception):  # of a device that answers nothing any more
                     before.restore()
             raise failed
-        if before is not None:
-            before.restore()
-            before.check_complete()
+        if before is None:
+            return replace(verdict, kind=f"{verdict.kind}, for copies of the buffers")
+        before.restore()
+        before.check_complete()
         return verdict
 
     def _snapshot(self, batch: Batch) -> StepSnapshot:
@@ -288,7 +295,7 @@ class AccumulatedBackward:
             self._parts,
             self._parameters,
             batch,
-            buffer_copies=self._buffer_copies,
+            buffers=self._buffers,
             device_types=self._device_types,
             foreign=self._foreign,
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections import defaultdict
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -22,6 +25,12 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+def plain(tree: Any) -> Any:
+    """A mapping of another kind, such as the BatchEncoding of a tokenizer, as a dict."""
+    other = isinstance(tree, Mapping) and type(tree) not in (dict, OrderedDict, defaultdict)
+    return dict(tree) if other else tree
+
+
 def take(batch: Any, samples: slice | torch.Tensor) -> Any:
     """The given samples of every tensor in a pytree; a slice gives views.
 
@@ -37,13 +46,19 @@ def take(batch: Any, samples: slice | torch.Tensor) -> Any:
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor on the device."""
+    """The batch with every tensor on the device, unless one is there already.
+
+    Then somebody has placed them, as with the lengths of a packed sequence, which stay on the host.
+    """
+    leaves: list[torch.Tensor] = optree.tree_leaves(batch)  # type: ignore[arg-type]
+    if any(leaf.device == device for leaf in leaves):
+        return batch
     return optree.tree_map(partial(_to, device), batch)  # type: ignore[arg-type,return-value]
 
 
 def _to(device: torch.device, leaf: torch.Tensor) -> torch.Tensor:
     # To the host nothing would wait until it is there.
-    return leaf if leaf.device == device else leaf.to(device, non_blocking=device.type != "cpu")
+    return leaf.to(device, non_blocking=device.type != "cpu")
 
 
 def batch_length(batch: Any) -> int:
@@ -59,7 +74,8 @@ def batch_length(batch: Any) -> int:
             what = "a tensor without dimensions" if isinstance(leaf, torch.Tensor) else repr(leaf)
             raise TypeError(
                 f"The batch holds {what:.60}; every leaf must be a tensor whose first dimension "
-                "is the sample. Keep constants in the model or the loss function."
+                "is the sample. Keep constants in the model or the loss function, and give arrays "
+                "as torch.from_numpy(array)."
             )
         lengths.add(len(leaf))
     if len(lengths) != 1 or 0 in lengths:

@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 
 from bs_optuna.errors import TaskError
 from bs_optuna.training.batches import batch_length
+from bs_optuna.training.batches import plain
 from bs_optuna.training.batches import take
 
 
@@ -31,7 +32,7 @@ def as_data(data: Any, *, name: str) -> Data:
     if isinstance(data, TensorDataset):
         data = data.tensors
     if isinstance(data, tuple | list) and len(data) == 2:
-        pair = (data[0], data[1])
+        pair = (plain(data[0]), plain(data[1]))
         try:
             batch_length(pair)
         except (TypeError, ValueError) as error:
@@ -121,6 +122,6 @@ def _collate(samples: list[Any]) -> tuple[Any, Any]:
         )
     inputs, targets = (
         optree.tree_map(lambda *leaves: default_collate(list(leaves)), *parts)
-        for parts in zip(*samples, strict=True)
+        for parts in zip(*(map(plain, sample) for sample in samples), strict=True)
     )
     return inputs, targets

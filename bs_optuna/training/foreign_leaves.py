@@ -39,9 +39,9 @@ class ForeignLeaves:
         """
         if self._passes and not self._seen:
             return
-        known = before.looked_after()
+        known = before.given()
         seen = {id(leaf) for reference in self._seen if (leaf := reference()) is not None}
-        unknown = [leaf for leaf in _leaves(loss) if id(leaf) in seen or id(leaf) not in known]
+        unknown = [leaf for leaf in _leaves(loss) if id(leaf) not in known]
         for leaf in unknown:
             if isinstance(leaf, nn.Parameter) or leaf.grad is not None or id(leaf) in seen:
                 raise ValueError(
@@ -49,7 +49,7 @@ class ForeignLeaves:
                     "nor the loss held as a parameter when AccumulatedBackward was made, so its "
                     "gradient could not be put back when memory runs out. Put it into the model, "
                     "or pass loss_fn as an nn.Module that holds it; if it is not to be trained, "
-                    "freeze it with requires_grad_(False)."
+                    "freeze it with requires_grad_(False), or take tensor.detach() anew each time."
                 )
             before.look_after(leaf)
         self._passes += 1

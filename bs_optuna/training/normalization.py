@@ -47,9 +47,11 @@ def convert_batch_norm(model: nn.Module) -> nn.Module:
         The model, or what replaces it if it is itself a BatchNorm.
 
     Raises:
-        ValueError: A lazy layer has not seen its first batch, so that its channels are not known.
+        ValueError: A lazy layer has not seen its first batch, so that its channels are not known,
+            or a class inherits from BatchNorm and does something else.
     """
     refuse_lazy([model])
+    _refuse_others(model)
     converted: dict[int, nn.GroupNorm] = {}
     # With duplicates: a layer that is used twice must be replaced in both places.
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -165,9 +167,10 @@ class _Pooled:
 
     def __init__(self, layer: _BatchNorm | _InstanceNorm) -> None:
         mean, variance, updates = layer.running_mean, layer.running_var, layer.num_batches_tracked
-        assert mean is not None  # a layer that tracks has all three
+        assert mean is not None  # a layer that tracks has both
         assert variance is not None
-        assert updates is not None
+        if updates is None:  # which old checkpoints lack: then it counts none, with a momentum
+            updates = torch.zeros((), dtype=torch.long)
         self._layer = layer
         self._running = (mean, variance, updates)
         self._before = (mean.clone(), variance.clone(), updates.clone())
@@ -215,6 +218,18 @@ class _Pooled:
             variance = torch.lerp(variance, moments.variance, factor)
         for buffer, value in zip(self._running, (mean, variance, updates), strict=True):
             buffer.copy_(value)
+
+
+def _refuse_others(model: nn.Module) -> None:
+    """Refuses classes whose own forward would be lost, as those of timm with an activation."""
+    kinds = {type(m) for m in model.modules() if isinstance(m, (*_BATCH_NORMS, nn.SyncBatchNorm))}
+    for kind in kinds:
+        if not kind.forward.__module__.startswith("torch."):
+            raise ValueError(
+                f"{kind.__name__} inherits from BatchNorm and has a forward of its own, perhaps "
+                "with an activation, which GroupNorm would leave out; choose another norm where "
+                "the model is built (timm: norm_layer), or use batch_norm='exact'."
+            )
 
 
 def _group_norm(layer: _BatchNorm) -> nn.GroupNorm:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import gc
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -154,9 +155,13 @@ def release(error: BaseException) -> None:
         error: The error that ended the attempt. It, and all it was raised from, keep their type
             and message and lose their traceback.
     """
+    handled = sys.exception()
+    # One that was being handled before the attempt began is not ours.
+    others = set() if handled in (None, error) else set(map(id, _chain(handled)))
     for member in _chain(error):
-        traceback.clear_frames(member.__traceback__)
-        member.__traceback__ = None
+        if id(member) not in others:
+            traceback.clear_frames(member.__traceback__)
+            member.__traceback__ = None
 
 
 def empty_caches() -> None:
@@ -176,8 +181,9 @@ def _find(error: BaseException | None, seen: frozenset[int]) -> OutOfMemory | No
     own = _find_in_group(error, seen) if isinstance(error, ExceptionGroup) else _find_own(error)
     if own is not None:
         return own
-    if error.__cause__ is not None:
-        return _find(error.__cause__, seen)
+    inner = getattr(error, "inner_exception", None)  # of what failed in torch.compile
+    if isinstance(inner, BaseException) or error.__cause__ is not None:
+        return _find(inner or error.__cause__, seen)
     if type(error) is RuntimeError and not error.__suppress_context__:
         return _find(error.__context__, seen)
     return None

@@ -47,7 +47,7 @@ class OptimizerSnapshot:
         # Many published ones add the weight decay to the gradients.
         self._gradients = [(p, p.grad) for p in parameters] if foreign else []
         tensors += [gradient for _, gradient in self._gradients if gradient is not None]
-        wrapped = [o for o in vars(optimizer).values() if isinstance(o, torch.optim.Optimizer)]
+        wrapped = _optimizers_in(optimizer) if foreign else []
         self._wrapped = [OptimizerSnapshot(o, [], None, on_host) for o in wrapped]
         self._copies = [(t, _copy(t, "cpu" if on_host else t.device)) for t in tensors]
         # Nothing is drawn by those that step in place.
@@ -103,6 +103,13 @@ class CounterSnapshot:
                 for (p, step), copy in zip(counters, copies, strict=True):
                     if id(p) not in stepped:
                         step.copy_(copy)
+
+
+def _optimizers_in(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Those that another one wraps, by themselves or in lists and the like."""
+    own = {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
+    leaves = optree.tree_leaves(own)  # type: ignore[arg-type,var-annotated]
+    return [leaf for leaf in leaves if isinstance(leaf, torch.optim.Optimizer)]
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

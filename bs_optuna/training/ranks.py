@@ -19,8 +19,8 @@ from torch import nn
 
 from bs_optuna.errors import ConfigError
 from bs_optuna.errors import RanksError
+from bs_optuna.training.buffer_copies import distinct
 from bs_optuna.training.linux_cpu_limit import soft_limit_lifted
-from bs_optuna.training.snapshot import distinct
 
 
 # DistributedDataParallel's size: large enough that latency does not matter.

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection
-from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,8 @@ import optree
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+
+from bs_optuna.training.buffer_copies import BufferCopies
 
 
 class StepSnapshot:
@@ -32,7 +32,7 @@ class StepSnapshot:
         modules: Every module whose buffers the step may change, those within others too.
         parameters: Their parameters; looking for either takes longer than all the rest.
         batch: The pytree of tensors whose own gradients are looked after as well.
-        buffer_copies: Memory for the copies of buffers, kept by the caller from step to step.
+        buffers: Of these modules, kept by the caller from step to step.
         device_types: Of the devices whose random states may be drawn from, beside the CPU's.
         foreign: Whether the random states of Python and NumPy may be drawn from.
     """
@@ -43,16 +43,20 @@ class StepSnapshot:
         parameters: Sequence[nn.Parameter],
         batch: Any,
         *,
-        buffer_copies: dict[tuple[int, str], torch.Tensor],
+        buffers: BufferCopies,
         device_types: Collection[str],
         foreign: bool,
     ) -> None:
         self._modules = modules
         self._parameters = parameters
+        # All of them: forward may unfreeze some.
+        self._trained = [p.requires_grad for p in parameters]
         self._leaves = _leaves(parameters, batch)
+        self._given = len(self._leaves)
         self._gradients = [leaf.grad for leaf in self._leaves]
         self._had_gradients = any(gradient is not None for gradient in self._gradients)
-        self._buffers = _copied_buffers(modules, buffer_copies)
+        self._copies = buffers
+        self._buffers = buffers.save()
         self._empty = {
             (id(m), name) for m in modules for name, b in m._buffers.items() if b is None
         }
@@ -61,9 +65,9 @@ class StepSnapshot:
             for leaf in self._leaves:
                 leaf.grad = None
 
-    def looked_after(self) -> set[int]:
-        """The ids of all tensors whose gradients ``restore`` puts back, or that get none."""
-        return {*map(id, self._parameters), *map(id, self._leaves)}
+    def given(self) -> set[int]:
+        """The ids of all tensors whose gradients ``restore`` puts back anyway."""
+        return set(map(id, self._leaves[: self._given]))
 
     def look_after(self, leaf: torch.Tensor) -> None:
         """Puts back the gradient of one more tensor, which has none yet."""
@@ -89,6 +93,7 @@ class StepSnapshot:
 
         There is no ``restore`` after it. A tensor that cannot be written to is replaced.
         """
+        self._copies.settle(self._buffers)
         if not self._had_gradients:
             return
         with torch.no_grad():
@@ -102,18 +107,32 @@ class StepSnapshot:
 
     def restore(self) -> None:
         """Puts gradients, buffers and random states back to what they were."""
+        for parameter, trained in zip(self._parameters, self._trained, strict=True):
+            if parameter.requires_grad != trained:
+                parameter.requires_grad_(trained)
         for leaf, before in zip(self._leaves, self._gradients, strict=True):
             leaf.grad = before
-        self._random.restore()  # first: no buffer that cannot be put back keeps it from that
-        with torch.no_grad():
-            for saved in self._buffers:
-                saved.restore()
-        known = {(id(saved.module), saved.name) for saved in self._buffers}
-        for module, name, _ in list(_named_buffers(self._modules)):
+        self._random.restore()
+        failed = self._restore_buffers()
+        known = {saved.key for saved in self._buffers}
+        for module, name, _ in list(self._copies.named()):
             if (id(module), name) in self._empty:
                 setattr(module, name, None)
             elif (id(module), name) not in known:  # registered in the attempt
                 delattr(module, name)
+        if failed is not None:
+            raise failed
+
+    def _restore_buffers(self) -> RuntimeError | None:
+        """Puts all back that can be; why the first of the others cannot."""
+        failed = None
+        with torch.no_grad():
+            for saved in self._buffers:
+                try:
+                    saved.restore()
+                except RuntimeError as error:
+                    failed = failed or error
+        return failed
 
     def check_complete(self) -> None:
         """Refuses to go on after ``restore`` where it has not put back everything.
@@ -129,19 +148,6 @@ class StepSnapshot:
             for name, module in root.named_modules():
                 if id(module) not in given and any(True for _ in module.buffers(recurse=False)):
                     raise _joined(f"module {name!r}", "its buffers")
-
-
-@dataclass(frozen=True)
-class _SavedBuffer:
-    module: nn.Module
-    name: str
-    buffer: torch.Tensor
-    copy: torch.Tensor
-
-    def restore(self) -> None:
-        distinct(self.buffer).copy_(self.copy)
-        if getattr(self.module, self.name) is not self.buffer:  # forward put another in its place
-            setattr(self.module, self.name, self.buffer)
 
 
 def draws_foreign(model: nn.Module, loss_fn: object) -> bool:
@@ -182,41 +188,10 @@ def device_of(*parts: object) -> torch.device:
 
 
 def _leaves(parameters: Sequence[nn.Parameter], batch: Any) -> Sequence[torch.Tensor]:
-    trained = [p for p in parameters if p.requires_grad]
     tensors = [t for t in optree.tree_leaves(batch) if t.requires_grad and t.is_leaf]
     if not tensors:
-        return trained
-    return list({id(t): t for t in (*trained, *tensors)}.values())
-
-
-def _copied_buffers(
-    modules: Sequence[nn.Module], copies: dict[tuple[int, str], torch.Tensor]
-) -> list[_SavedBuffer]:
-    saved = []
-    for module, name, buffer in _named_buffers(modules):
-        key = (id(module), name)
-        copy, values = copies.get(key), distinct(buffer.detach())
-        if copy is None or copy.shape != values.shape or copy.dtype != values.dtype:
-            copy = copies[key] = torch.empty_like(values)
-        saved.append(_SavedBuffer(module, name, buffer, copy.copy_(values)))
-    return saved
-
-
-def distinct(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or of an expanded one a view in which no two elements are the same memory."""
-    if tensor.layout != torch.strided or tensor.is_nested or 0 not in tensor.stride():
-        return tensor
-    return tensor[tuple(slice(None if stride else 1) for stride in tensor.stride())]
-
-
-def _named_buffers(
-    modules: Sequence[nn.Module],
-) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
-    for module in modules:
-        # What is public here takes ten times as long, in each step.
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                yield module, name, buffer
+        return parameters
+    return list({id(t): t for t in (*parameters, *tensors)}.values())
 
 
 def _joined(what: str, lost: str) -> RuntimeError:

@@ -100,6 +100,8 @@ class GuardedStep:
     ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm={max_norm}; must be above 0, or None for no clipping.")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer={optimizer!r:.60}; must be a torch.optim.Optimizer.")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
                 "LBFGS steps by a closure, with passes of its own over the batch, which are not "

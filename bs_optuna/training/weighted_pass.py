@@ -32,6 +32,7 @@ def check_loss(loss_fn: object, reduction: str) -> None:
     if isinstance(loss_fn, type):
         name = loss_fn.__name__
         raise ValueError(f"the loss is the class {name}; must be one of its kind: {name}().")
+    loss_fn = getattr(loss_fn, "_orig_mod", loss_fn)  # of a compiled one
     if not type(loss_fn).__module__.startswith("torch.nn."):
         return
     own = getattr(loss_fn, "reduction", reduction)
@@ -102,29 +103,37 @@ class WeightedPass:
         self, microbatches: list[tuple[float, Batch]], before: StepSnapshot, split: bool
     ) -> torch.Tensor:
         if not split:
-            return self._accumulated(*microbatches[0], before)
+            return self._accumulated(*microbatches[0], before).detach()
         total: torch.Tensor | None = None
         statistics = WholeBatchStatistics(self._exact)
+        trains = False
         for weight, part in microbatches:
             with statistics.microbatch():
-                loss = widened(self._accumulated(weight, part, before)) * weight
+                loss = self._accumulated(weight, part, before, split=True)
+            trains |= loss.requires_grad
+            loss = widened(loss.detach()) * weight
             total = loss if total is None else total + loss
         statistics.write()
         assert total is not None  # there is at least one target
+        if not trains:
+            total.backward()  # says so as it does for the whole batch
         return total
 
-    def _accumulated(self, weight: float, part: Batch, before: StepSnapshot) -> torch.Tensor:
+    def _accumulated(
+        self, weight: float, part: Batch, before: StepSnapshot, *, split: bool = False
+    ) -> torch.Tensor:
         loss = self._loss(part)
         if not isinstance(loss, torch.Tensor):
             raise TypeError(
                 f"The loss function returned a {type(loss).__name__}; must return one number as a "
                 "tensor, and nothing else: the mean over the samples, such as losses.mean()."
             )
-        self._foreign.check(loss, before)
-        weighted = loss if weight == 1.0 else loss * weight
-        (weighted if self._scaler is None else self._scaler.scale(weighted)).backward()
+        if loss.requires_grad or not split:  # else it is constant, in this part of the batch
+            self._foreign.check(loss, before)
+            weighted = loss if weight == 1.0 else loss * weight
+            (weighted if self._scaler is None else self._scaler.scale(weighted)).backward()
         self.left -= 1
-        return loss.detach()
+        return loss
 
     def _loss(self, part: Batch) -> torch.Tensor:
         inputs, targets = part if self._device is None else moved(part, self._device)

@@ -285,7 +285,9 @@ def test_a_batch_that_was_computed_is_refused_before_anything_runs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"microbatch_size": 0}, "microbatch_size=0; must be at least 1"),
+        ({"microbatch_size": 0}, "microbatch_size=0; must be a whole number of at least 1"),
+        ({"microbatch_size": "4"}, "microbatch_size=.4.; must be a whole number of at least 1"),
+        ({"microbatch_size": 4.0}, "microbatch_size=4.0; must be a whole number of at least 1"),
         ({"reduction": "max"}, "reduction='max'; must be 'mean' or 'sum'"),
         ({"regrow_after": 0}, "regrow_after=0; must be at least 1, or None for never"),
         ({"reduction": "sum", "count": lambda i, t: 1}, "a sum needs no weights"),

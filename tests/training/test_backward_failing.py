@@ -21,6 +21,7 @@ from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.science.accumulation import AccumulationPlan
 from bs_optuna.science.regrowth import MicrobatchLimit
 from bs_optuna.training import AccumulatedBackward
+from bs_optuna.training.buffer_copies import BufferCopies
 from bs_optuna.training.pass_attempt import Attempt
 from bs_optuna.training.pass_attempt import Outcome
 from bs_optuna.training.snapshot import StepSnapshot
@@ -150,7 +151,7 @@ def test_buffers_that_are_replaced_or_made_leave_nothing_behind() -> None:
         assert torch.equal(model.scale, model.net(x[:3]).abs().mean())
     kept = [backward(x).loss for _ in range(20)]
     assert len(kept) == 20
-    assert len(backward._buffer_copies) == 2  # kept from step to step, not one for each
+    assert len(backward._buffers._copies) == 2  # kept from step to step, not one for each
 
 
 def test_parameters_that_join_later_are_named_when_a_step_is_undone() -> None:
@@ -179,7 +180,12 @@ def test_modules_that_join_later_are_named_when_a_step_is_undone() -> None:
 def test_of_several_ranks_too_one_tells_the_others_of_what_joined_late() -> None:
     model = nn.Linear(2, 3)
     before = StepSnapshot(
-        [model], [*model.parameters()], images(), buffer_copies={}, device_types=(), foreign=False
+        [model],
+        [*model.parameters()],
+        images(),
+        buffers=BufferCopies([model]),
+        device_types=(),
+        foreign=False,
     )
     model.late = nn.BatchNorm1d(3)
     attempt = Attempt(plan=AccumulationPlan(4, 4), before=before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -17,7 +18,9 @@ from torch.utils.data import IterableDataset
 from torch.utils.data import TensorDataset
 
 from bs_optuna.errors import TaskError
+from bs_optuna.training import AccumulatedBackward
 from bs_optuna.training import TrainingTask
+from bs_optuna.training.batches import moved
 from bs_optuna.training.data import evaluation_batches
 from bs_optuna.training.data import training_batches
 
@@ -108,3 +111,46 @@ def test_a_task_refuses_what_it_cannot_use(changes: dict[str, Any], message: str
 def test_a_data_set_of_something_else_than_pairs_is_refused() -> None:
     with pytest.raises(TaskError, match="must yield pairs"):
         next(evaluation_batches(TensorDataset(torch.zeros(4, 1)), batch_size=2))
+
+
+class Encoding(UserDict[str, torch.Tensor]):
+    """What a tokenizer returns: a mapping that is no dict."""
+
+
+class Encoded(Dataset[Any]):
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> tuple[Encoding, int]:
+        return Encoding(ids=torch.tensor([index, 2 * index])), index
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_mappings_of_other_kinds_are_taken_for_dicts(whole: bool) -> None:
+    data: Any = Encoded()
+    if whole:
+        data = (Encoding(ids=torch.arange(6)[:, None] * torch.tensor([1, 2])), torch.arange(6))
+    task = TrainingTask(
+        model=lambda: nn.Linear(1, 1), train_data=data, valid_data=data, loss=lambda o, t: o.mean()
+    )
+    (inputs, targets), _ = evaluation_batches(task.valid_data, batch_size=4)
+    assert inputs["ids"].tolist() == [[0, 0], [1, 2], [2, 4], [3, 6]]
+    assert targets.tolist() == [0, 1, 2, 3]
+
+
+def test_a_mapping_of_another_kind_is_a_batch() -> None:
+    class Net(nn.Linear):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(ids)
+
+    inputs = Encoding(ids=torch.ones(4, 1))
+    backward = AccumulatedBackward(Net(1, 1), nn.functional.mse_loss, microbatch_size=3)
+    assert backward(inputs, torch.ones(4, 1)).accumulation_steps == 2
+
+
+def test_what_somebody_has_placed_stays_where_it_is() -> None:
+    here, there = torch.device("cpu"), torch.device("meta")  # a device that every machine has
+    batch = (torch.ones(2), torch.ones(2, device=there))
+    assert [t.device for t in moved(batch, here)] == [here, there]
+    assert [t.device for t in moved(batch, there)] == [here, there]
+    assert [t.device for t in moved((batch[0], batch[0]), there)] == [there, there]

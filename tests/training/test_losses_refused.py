@@ -51,3 +51,9 @@ def test_means_and_what_says_nothing_are_taken() -> None:
         AccumulatedBackward(MODEL, loss)
         plain_task(loss=loss)
     AccumulatedBackward(MODEL, nn.MSELoss(reduction="sum"), reduction="sum")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch compiles its own
+def test_a_loss_that_is_compiled_is_the_same_loss() -> None:
+    with pytest.raises(ValueError, match="reduction='sum', not 'mean'"):
+        AccumulatedBackward(MODEL, torch.compile(nn.MSELoss(reduction="sum"), backend="eager"))

@@ -239,3 +239,34 @@ def test_a_lazy_layer_that_has_seen_nothing_is_not_converted() -> None:
 def test_another_word_than_exact_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_norm='whole'; must be 'microbatch' or 'exact'"):
         AccumulatedBackward(nn.Linear(1, 1), LOSS, batch_norm="whole")  # type: ignore[arg-type]
+
+
+class WithActivation(nn.BatchNorm2d):
+    """As in timm, where an activation follows in the same module."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).relu()
+
+
+class Named(nn.BatchNorm2d):
+    """Does nothing else."""
+
+
+def test_a_norm_that_does_more_is_not_converted() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(4), WithActivation(4))
+    with pytest.raises(
+        ValueError, match="WithActivation inherits from BatchNorm"
+    ):
+        convert_batch_norm(model)
+    assert isinstance(model[0], nn.BatchNorm2d)  # nothing is half done
+    assert isinstance(convert_batch_norm(Named(4)), nn.GroupNorm)
+
+
+def test_exact_statistics_need_no_count_of_updates() -> None:
+    model = first_is_batch_norm()
+    model[1].num_batches_tracked = None
+    whole = copy.deepcopy(model)
+    AccumulatedBackward(model, LOSS, microbatch_size=7, batch_norm="exact")(*images(20))
+    LOSS(whole(images(20)[0]), images(20)[1]).backward()
+    torch.testing.assert_close(model[1].running_mean, whole[1].running_mean)
+    torch.testing.assert_close(model[1].running_var, whole[1].running_var)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import inspect
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.training import oom
@@ -77,6 +79,11 @@ def torch_error() -> BaseException:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50, dtype=torch.uint8)
     return caught.value
+
+
+def compiling() -> BaseException:
+    """What comes of an error while ``torch.compile`` compiles: without context, but held."""
+    return BackendCompilerFailed(lambda graph: graph, MemoryError(), inspect.currentframe())
 
 
 def raised_from(error: BaseException, cause: BaseException) -> BaseException:
@@ -189,6 +196,7 @@ POSITIVES: list[tuple[BaseException | Callable[[], BaseException], str, int | No
         None,
         False,
     ),
+    (compiling, "cpu", None, True),
     (MemoryError(), "cpu", None, True),
     (python_error, "cpu", None, True),
     (numpy_error, "cpu", round(72.8 * 2**40), True),

@@ -76,3 +76,36 @@ def test_failing_at_any_operation_changes_no_bit(
             found, device = run(step, position)
             assert device.failures == 1
             assert_equal(found, expected)
+
+
+class Several(torch.optim.Optimizer):
+    """Steps others, one for each parameter, that it keeps in a list."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        parameters = list(parameters)
+        super().__init__(parameters, {"lr": 0.1})
+        self.each = [torch.optim.Adam([p], lr=0.1, foreach=False) for p in parameters]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for optimizer in self.each:
+            optimizer.step()
+
+
+def test_optimizers_in_a_list_are_put_back_too() -> None:
+    def run(position: int | None) -> tuple[list[Any], FailingAt]:
+        parameters = [nn.Parameter(torch.linspace(1, 2, n)) for n in (2, 3)]
+        optimizer = Several(parameters)
+        guarded, device = GuardedStep(optimizer), FailingAt(position)
+        for number in range(3):
+            for p in parameters:
+                p.grad = p.detach() * (number + 1)
+            with device if number == 1 else nullcontext():
+                guarded()
+        return copy.deepcopy([parameters, [o.state_dict() for o in optimizer.each]]), device
+
+    expected, clean = run(None)
+    for position in range(clean.operations):
+        found, device = run(position)
+        assert device.failures == 1
+        assert_equal(found, expected)

@@ -97,3 +97,10 @@ def test_in_a_loop_of_ones_own_a_loss_that_is_no_tensor_is_named() -> None:
 def test_an_optimizer_with_a_closure_is_refused() -> None:
     with pytest.raises(ValueError, match=r"LBFGS steps by a closure, .* such as AdamW"):
         GuardedStep(torch.optim.LBFGS(nn.Linear(4, 3).parameters()))
+
+
+def test_a_model_or_an_optimizer_of_another_kind_is_named() -> None:
+    with pytest.raises(TypeError, match=r"model=<built-in .*; must be an nn.Module."):
+        AccumulatedBackward(torch.sum, cross_entropy)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"optimizer=.*; must be a torch.optim.Optimizer."):
+        GuardedStep(nn.Linear(4, 3))  # type: ignore[arg-type]
