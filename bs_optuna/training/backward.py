@@ -19,6 +19,9 @@ from torch import nn
 
 from bs_optuna.science.regrowth import MicrobatchLimit
 from bs_optuna.science.regrowth import Smaller
+from bs_optuna.training.arguments import check_loss
+from bs_optuna.training.arguments import check_model
+from bs_optuna.training.arguments import check_sizes
 from bs_optuna.training.batches import Batch
 from bs_optuna.training.batches import plain
 from bs_optuna.training.buffer_copies import BufferCopies
@@ -38,7 +41,6 @@ from bs_optuna.training.oom import does_not_fit
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
 from bs_optuna.training.pass_attempt import BackwardResult
-from bs_optuna.training.ranks import refuse_wrapped
 from bs_optuna.training.shared_pass import SharedPass
 from bs_optuna.training.snapshot import StepSnapshot
 from bs_optuna.training.snapshot import device_of
@@ -47,7 +49,6 @@ from bs_optuna.training.snapshot import parameters_of
 from bs_optuna.training.snapshot import refuse_lazy
 from bs_optuna.training.weighted_pass import LossFunction
 from bs_optuna.training.weighted_pass import WeightedPass
-from bs_optuna.training.weighted_pass import check_loss
 
 
 _logger = logging.getLogger(__name__)
@@ -142,24 +143,13 @@ class AccumulatedBackward:
         smaller: Smaller | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model={model!r:.60}; must be an nn.Module.")
-        if microbatch_size != "auto" and not (type(microbatch_size) is int and microbatch_size > 0):
-            raise ValueError(
-                f"microbatch_size={microbatch_size!r}; must be a whole number of at least 1, or "
-                "'auto' to find it."
-            )
-        if microbatch_size != "auto" and microbatch_tokens is not None:
-            raise ValueError(
-                f"microbatch_size={microbatch_size} and microbatch_tokens={microbatch_tokens}; "
-                "give one of them."
-            )
+        check_model(model)
+        check_loss(loss_fn, reduction)
+        check_sizes(microbatch_size, microbatch_tokens)
         if batch_norm not in ("microbatch", "exact"):
             raise ValueError(f"batch_norm={batch_norm!r}; must be 'microbatch' or 'exact'.")
-        check_loss(loss_fn, reduction)
         if smaller is not None and process_group is not None:
             raise ValueError("smaller and process_group; give one: ranks agree among themselves.")
-        refuse_wrapped(model)
         self.lost = Lost()
         self._modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
         self._cutting = Cutting(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from bs_optuna.errors import TaskError
+from bs_optuna.training.arguments import check_loss
 from bs_optuna.training.cutting import Count
 from bs_optuna.training.cutting import Lengths
 from bs_optuna.training.cutting import Trim
@@ -26,7 +27,6 @@ from bs_optuna.training.data import length
 from bs_optuna.training.recipes import OptimizerFactory
 from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.weighted_pass import LossFunction
-from bs_optuna.training.weighted_pass import check_loss
 
 
 UNNAMED = "task"

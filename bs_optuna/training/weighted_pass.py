@@ -21,28 +21,6 @@ from bs_optuna.training.snapshot import device_of
 LossFunction = Callable[[Any, Any], torch.Tensor]
 
 
-def check_loss(loss_fn: object, reduction: str) -> None:
-    """Refuses a loss that says itself that it is another one than is taken for granted.
-
-    What a subclass makes of ``reduction`` is its own business, as in a focal loss.
-
-    Raises:
-        ValueError: It is a class, or one of PyTorch's losses with another ``reduction``.
-    """
-    if isinstance(loss_fn, type):
-        name = loss_fn.__name__
-        raise ValueError(f"the loss is the class {name}; must be one of its kind: {name}().")
-    loss_fn = getattr(loss_fn, "_orig_mod", loss_fn)  # of a compiled one
-    if not type(loss_fn).__module__.startswith("torch.nn."):
-        return
-    own = getattr(loss_fn, "reduction", reduction)
-    if own in ("none", "mean", "sum") and own != reduction:
-        raise ValueError(
-            f"the loss has reduction={own!r}, not {reduction!r}, by which microbatches are weighed"
-            f"; make it with reduction={reduction!r}."
-        )
-
-
 class WeightedPass:
     """See `AccumulatedBackward` for what the arguments mean.
 

@@ -254,9 +254,7 @@ class Named(nn.BatchNorm2d):
 
 def test_a_norm_that_does_more_is_not_converted() -> None:
     model = nn.Sequential(nn.BatchNorm2d(4), WithActivation(4))
-    with pytest.raises(
-        ValueError, match="WithActivation inherits from BatchNorm"
-    ):
+    with pytest.raises(ValueError, match="WithActivation inherits from BatchNorm"):
         convert_batch_norm(model)
     assert isinstance(model[0], nn.BatchNorm2d)  # nothing is half done
     assert isinstance(convert_batch_norm(Named(4)), nn.GroupNorm)
