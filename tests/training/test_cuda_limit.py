@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from bs_optuna.errors import ConfigError
 from bs_optuna.training.memory_limit import memory_limit
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_the_fraction_is_set_for_a_device_with_a_number(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """With the driver's answers put in; PyTorch's own functions refuse what has no number."""
+    fractions = [1.0, 0.8]
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**32)
+    )
+    monkeypatch.setattr(
+        torch._C, "_cuda_getMemoryFraction", lambda device: fractions[device], raising=False
+    )
+    monkeypatch.setattr(
+        torch._C,
+        "_cuda_setMemoryFraction",
+        lambda fraction, device: fractions.__setitem__(device, fraction),
+        raising=False,
+    )
+    before = [*fractions]
+    limit = memory_limit(torch.device(name), 2**30)
+    with limit.active():
+        assert fractions[int(name == "cuda:1")] == 0.25
+        assert fractions != before
+    assert fractions == before
 
 
 @pytest.mark.gpu
