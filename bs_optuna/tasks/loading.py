@@ -71,11 +71,15 @@ def _executed(spec: str, path: Path, name: str) -> ModuleType:
     except ImportError as error:
         if "relative import with no known parent package" not in str(error):
             raise
-        folder = path.parent.resolve()
+        folder, name = path.parent.resolve(), path.stem
+        while (folder / "__init__.py").exists():  # a package within others
+            folder, name = folder.parent, f"{folder.name}.{name}"
+        if name == path.stem:  # a package need not have that file
+            folder, name = folder.parent, f"{folder.name}.{name}"
         function = spec.partition(":")[2] or DEFAULT_FUNCTION
         raise TaskError(
             f"task={spec!r}; it imports from its package, which a file named by its path has not. "
-            f"Run from {folder.parent} and name {folder.name}.{path.stem}:{function}."
+            f"Run from {folder} and name {name}:{function}."
         ) from None
     return module
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import optree
 import torch
 from torch import nn
@@ -71,11 +72,9 @@ def batch_length(batch: Any) -> int:
     lengths = set()
     for leaf in optree.tree_leaves(batch):
         if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
-            what = "a tensor without dimensions" if isinstance(leaf, torch.Tensor) else repr(leaf)
             raise TypeError(
-                f"The batch holds {what:.60}; every leaf must be a tensor whose first dimension "
-                "is the sample. Keep constants in the model or the loss function, and give arrays "
-                "as torch.from_numpy(array)."
+                f"The batch holds {_described(leaf)}; every leaf must be a tensor whose first "
+                "dimension is the sample. Keep constants in the model or the loss function."
             )
         lengths.add(len(leaf))
     if len(lengths) != 1 or 0 in lengths:
@@ -84,6 +83,16 @@ def batch_length(batch: Any) -> int:
             "all must hold the same number, at least 1."
         )
     return lengths.pop()
+
+
+def _described(leaf: object) -> str:
+    if isinstance(leaf, torch.Tensor):
+        return "a tensor without dimensions"
+    if isinstance(leaf, np.ndarray):
+        return f"a NumPy array of shape {leaf.shape}, which torch.from_numpy makes a tensor"
+    if isinstance(leaf, bool | int | float | str):
+        return f"{leaf!r:.60}"
+    return f"a {type(leaf).__name__}"
 
 
 def refuse_computed(batch: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bs_optuna.errors import MicrobatchDoesNotFitError
+from bs_optuna.errors import TaskError
 from bs_optuna.training.batches import batch_length
 from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import moved
@@ -120,7 +121,8 @@ class Evaluation:
                 continue
             outputs = call_model(model, inputs)
             values = {
-                name: float(function(outputs, targets)) for name, function in functions.items()
+                name: _number(name, function(outputs, targets))
+                for name, function in functions.items()
             }
             for name, value in values.items():
                 sums[name] += value * weight
@@ -137,3 +139,21 @@ class Evaluation:
                     device=device,
                 )
         return {name: value / total for name, value in sums.items()}
+
+
+def _number(name: str, value: object) -> float:
+    """What a loss or metric gave for a piece.
+
+    Raises:
+        TaskError: It is no single number.
+    """
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        if classify(error) is not None:
+            raise
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+        raise TaskError(
+            f"{name} returned a {type(value).__name__}{shape}; must return one number, the mean "
+            "over the samples, such as values.mean()."
+        ) from None

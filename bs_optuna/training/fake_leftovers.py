@@ -10,9 +10,14 @@ from collections import OrderedDict
 from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextlib import suppress
+from dataclasses import is_dataclass
+from types import FunctionType
 from types import MethodType
 from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 from typing import TypeVar
 
@@ -22,7 +27,6 @@ from torch._subclasses.fake_tensor import FakeTensor  # as in `memory_probe`
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 # Its type has no name in the library.
 _CachedFunction = type(functools.lru_cache(lambda: None))
-_METHODS = (staticmethod, classmethod)
 # Not what inherits from them: it may do anything, such as import what it holds.
 _CONTAINERS = (dict, OrderedDict, defaultdict, list)
 # Most modules are of these, which keep no tensors of a task.
@@ -48,30 +52,51 @@ def own_copy(function: _Function, memo: dict[int, Any]) -> _Function:
         return function
 
 
-def forget_fake_tensors() -> None:
-    """Takes fake tensors out of what outlives a model, where no training could use them.
+@contextmanager
+def no_fake_tensors_left(functions: Iterable[object]) -> Iterator[None]:
+    """A context for predictions: what outlives a model holds no fake tensor after it.
 
     Each `functools.lru_cache` that holds one is cleared, dictionaries and lists lose those that
-    they hold, also in tuples, and a name that stands for one is None again: in modules, in their
-    classes and in the objects that they hold. The collector knows of more, but not of what it was
-    told to leave alone (`gc.freeze`).
+    they hold, also in tuples and records, and a name that stands for one stands for what it did
+    before: in modules, in their classes, in the objects that they hold, and in what their functions
+    have closed over. The collector knows of more, but not of what it was told to leave alone
+    (`gc.freeze`).
+
+    Args:
+        functions: Of the task; if they are methods their objects are looked at too.
     """
-    for owner in _owners():
-        for name, thing in list(vars(owner).items()):
-            kind = type(thing)  # isinstance asks the thing itself too, and some then warn
-            if kind in _CONTAINERS:
-                _forget_in(thing)
-            elif kind is _CachedFunction or kind in _METHODS:
-                function = thing.__func__ if kind in _METHODS else thing
-                if type(function) is _CachedFunction and _holds_fake(gc.get_referents(function)):
-                    function.cache_clear()
-            elif kind is FakeTensor:
-                with suppress(AttributeError):  # of a frozen one
-                    setattr(owner, name, None)
+    methods = [f.__self__ for f in functions if isinstance(f, MethodType)]
+    before = [(owner, dict(vars(owner))) for owner in _owners(methods)]
+    try:
+        yield
+    finally:
+        names = {id(owner): kept for owner, kept in before}
+        for owner in _owners(methods):
+            _forget(owner, names.get(id(owner), {}))
+
+
+def _forget(owner: Any, before: dict[str, Any]) -> None:
+    for name, thing in list(vars(owner).items()):
+        thing = thing.__func__ if type(thing) in (staticmethod, classmethod) else thing
+        kind = type(thing)  # isinstance asks the thing itself too, and some then warn
+        if kind in _CONTAINERS:
+            _forget_in(thing)
+        elif kind is _CachedFunction and _holds_fake(gc.get_referents(thing)):
+            thing.cache_clear()
+        elif kind is FunctionType:
+            for cell in thing.__closure__ or ():
+                with suppress(ValueError):  # it is empty
+                    _forget_in(cell.cell_contents)
+        elif kind is FakeTensor:
+            with suppress(AttributeError):  # of an object that is frozen
+                if name in before:
+                    setattr(owner, name, before[name])
+                else:
+                    delattr(owner, name)
 
 
 def _forget_in(container: Any) -> None:
-    if not _holds_fake(container):
+    if type(container) not in _CONTAINERS or not _holds_fake(container):
         return
     items = list(enumerate(container) if type(container) is list else container.items())
     for key, value in reversed(items):  # so that the places of those before it stay
@@ -81,9 +106,9 @@ def _forget_in(container: Any) -> None:
             del container[key]
 
 
-def _owners() -> Iterable[object]:
+def _owners(more: Iterable[object]) -> Iterable[object]:
     """Modules in which a task's own code may keep something, their classes and objects."""
-    found: dict[int, object] = {}
+    found = {id(thing): thing for thing in more if _may_keep(thing)}
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in _OTHERS or type(module) is not ModuleType:
             continue
@@ -105,7 +130,14 @@ def _holds_fake(thing: Any, *, depth: int = 3) -> bool:
     kind = type(thing)
     if kind is FakeTensor:
         return True
-    if depth == 0 or (kind not in _CONTAINERS and kind is not tuple):
+    if depth == 0:
         return False
-    items = list(thing) if kind in (tuple, list) else list(thing.values())
+    if kind is list or issubclass(kind, tuple):
+        items = list(thing)
+    elif kind in _CONTAINERS:
+        items = list(thing.values())
+    elif is_dataclass(kind) or kind is SimpleNamespace:
+        items = list(getattr(thing, "__dict__", {}).values())  # none with slots
+    else:
+        return False
     return any(_holds_fake(item, depth=depth - 1) for item in items)

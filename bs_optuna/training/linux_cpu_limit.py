@@ -35,9 +35,10 @@ class LinuxCpuLimit(MemoryLimit):
 
     While it is in force oneDNN and NNPACK are off: a oneDNN primitive that failed once goes on
     failing in that thread for good, and NNPACK keeps its largest workspace for the life of the
-    thread, so that sizes would shift from trial to trial. That makes convolutions slower: never
-    take timings under a limit. What runs outside the limit, such as an evaluation, may leave a few
-    MiB of oneDNN's code behind, which then count; so run all of a trial inside.
+    thread, so that sizes would shift from trial to trial. So are fused transformer layers, which
+    evaluate in one operation and take more than twice as much. That makes all of these slower:
+    never take timings under a limit. What runs outside the limit, such as an evaluation, may leave
+    a few MiB of oneDNN's code behind, which then count; so run all of a trial inside.
 
     Args:
         limit_bytes: Bytes that the process may map beyond what it had when the trial began.
@@ -137,16 +138,20 @@ def soft_limit_lifted() -> Iterator[None]:
 
 
 class _Libraries:
-    """Switches oneDNN and NNPACK off and back to what they were."""
+    """Switches oneDNN, NNPACK and fused transformer layers off and back to what they were."""
 
     def __init__(self) -> None:
         self._onednn: tuple[object, ...] = ()
         self._nnpack: tuple[bool, ...] = ()
+        self._fused_layers = True
 
     def turn_off(self) -> None:
         self._onednn = torch.backends.mkldnn.set_flags(False)
         self._nnpack = torch.backends.nnpack.set_flags(False)
+        self._fused_layers = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
 
     def restore(self) -> None:
         torch.backends.mkldnn.set_flags(*self._onednn)
         torch.backends.nnpack.set_flags(*self._nnpack)
+        torch.backends.mha.set_fastpath_enabled(self._fused_layers)

@@ -103,11 +103,15 @@ class MeasuredMemory:
         """Whether a batch fits that is not split, as far as steps on a few samples tell.
 
         The evaluation after it, in pieces of up to twice the size, does too then: it takes no more
-        for a sample than training. For a small model this takes some hundredths of a second, where
-        following a step on fake tensors takes one or more.
+        than training for samples of one size, and for larger ones at most by the square of that,
+        as attention does. For a small model this takes some hundredths of a second, where following
+        a step on fake tensors takes one or more.
         """
+        task = self._task
         pieces = max(2 * batch_size, SMALLEST_EVALUATION_BATCH)
-        most = max(batch_size, min(pieces, length(self._task.valid_data)))
+        evaluated = bytes_per_sample(task.valid_data, self._device)
+        larger = max(1.0, evaluated / max(1, self._sample_bytes))
+        most = max(batch_size, int(min(pieces, length(task.valid_data)) * larger**2))
         return fits_surely(
             lambda size: self.peak_bytes(size, batch_size=size),
             available_bytes,

@@ -95,7 +95,12 @@ def _plain(value: Any, depth: int = 0) -> Any:
 def _methods(kind: type) -> list[Any]:
     """The code of all methods, but for those of PyTorch's own classes."""
     own = [c for c in kind.__mro__ if not c.__module__.startswith(("torch.", "builtins"))]
-    return [(name, _code(f)) for c in own for name, f in vars(c).items() if inspect.isfunction(f)]
+    return [
+        (name, _code(f), _globals_of(f))
+        for c in own
+        for name, f in vars(c).items()
+        if inspect.isfunction(f)
+    ]
 
 
 def _function(function: Any) -> Any:
@@ -106,7 +111,15 @@ def _function(function: Any) -> Any:
     for cell in getattr(function, "__closure__", None) or ():
         with suppress(ValueError):  # it is empty
             closed.append(_plain(cell.cell_contents))
-    return _code(function), closed
+    return _code(function), closed, _globals_of(function)
+
+
+def _globals_of(function: Any) -> list[Any]:
+    """Constants of its module that it names, as one that says how deep a model is."""
+    names = getattr(function, "__globals__", {})
+    used = getattr(getattr(function, "__code__", None), "co_names", ())
+    kinds = (bool, int, float, str)
+    return [(n, names[n]) for n in used if n.isupper() and type(names.get(n)) in kinds]
 
 
 def _code(function: Any) -> Any:

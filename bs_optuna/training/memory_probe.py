@@ -22,6 +22,7 @@ from torch import nn
 # No public way leads to it; tests/training/test_memory_probe.py says first when it goes.
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bs_optuna.errors import TaskError
 from bs_optuna.errors import UntraceableError
 from bs_optuna.science.memory import largest_fitting as search
 from bs_optuna.training.batches import call_model
@@ -74,6 +75,7 @@ class MemoryProbe:
         self._fake = _FakeMode(allow_non_fake_inputs=True)
         self._storages = LiveStorages(self._device.type, most_operations=MOST_OPERATIONS)
         self._sample: Any = first_samples(task.train_data, 1)
+        self._evaluated: Any = first_samples(task.valid_data, 1)  # it may be larger
         self._sample_bytes = bytes_per_sample(task.train_data, self._device)
         self._model = self._made(task).train()
         with self._tracing():
@@ -91,7 +93,8 @@ class MemoryProbe:
         # parameters are copied for each step as those are, stands for it.
         stand_in = GuardedStep(torch.optim.SGD(parameters_of(modules), foreach=False))
         self._least, self._first_bytes = self._first_step(stand_in)
-        self._steps = {self._least: self._first_bytes}
+        # The first one had no state that would have been copied.
+        self._steps = {self._least: max(self._first_bytes, self._step(self._least))}
         self._evaluations: dict[int, int] = {}
 
     def peak_bytes(self, microbatch_size: int, *, batch_size: int) -> int:
@@ -159,6 +162,8 @@ class MemoryProbe:
                 "operations, which would take long to follow; give --memory-limit, under which it "
                 "is measured, or run it to see what fits."
             ) from None
+        except TaskError:
+            raise
         except Exception as error:
             reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(". ")
             raise UntraceableError(
@@ -205,7 +210,7 @@ class MemoryProbe:
             # The fused transformer layer is one operation, which does not tell what it needs.
             with self._tracing(), torch.no_grad(), _without_fused_layers():
                 self._storages.peak = self._storages.live
-                inputs, targets = moved(_repeated(self._sample, size), self._device)
+                inputs, targets = moved(_repeated(self._evaluated, size), self._device)
                 outputs = call_model(self._model, inputs)
                 for function in (self._loss, *self._metrics):
                     function(outputs, targets)

@@ -35,18 +35,18 @@ class OptimizerSnapshot:
         self._optimizer = optimizer
         self._done = done
         self._attributes = dict(vars(optimizer))
-        self._state = {key: _containers_copied(e) for key, e in optimizer.state.items()}
-        self._settings = [_containers_copied(_settings(group)) for group in optimizer.param_groups]
+        self._state = {key: _kept(e) for key, e in optimizer.state.items()}
+        self._settings = [_kept(_settings(group)) for group in optimizer.param_groups]
         kept = (*self._state.values(), *self._settings)
-        tensors = [x for e in kept for x in optree.tree_leaves(e) if isinstance(x, torch.Tensor)]
+        tensors = [x for e in kept for x in optree.tree_leaves(e) if _is_written_back(x)]
         if in_place:
             tensors = [t for t in tensors if t.numel() == 1]
         else:
             tensors += parameters
         foreign = not type(optimizer).__module__.startswith("torch.")
         # Many published ones add the weight decay to the gradients.
-        self._gradients = [(p, p.grad) for p in parameters] if foreign else []
-        tensors += [gradient for _, gradient in self._gradients if gradient is not None]
+        self._gradients = [(p, _kept(p.grad)) for p in parameters] if foreign else []
+        tensors += [gradient for _, gradient in self._gradients if _is_written_back(gradient)]
         wrapped = _optimizers_in(optimizer) if foreign else []
         self._wrapped = [OptimizerSnapshot(o, [], None, on_host) for o in wrapped]
         self._copies = [(t, _copy(t, "cpu" if on_host else t.device)) for t in tensors]
@@ -120,5 +120,20 @@ def _copy(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return tensor.detach().to(device, copy=True)
 
 
-def _containers_copied(tree: Any) -> Any:
-    return optree.tree_map(lambda leaf: leaf, tree)
+def _is_written_back(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided
+
+
+def _kept(tree: Any) -> Any:
+    """A tree to be put in the place of this one.
+
+    With its tensors, into which copies are written back; but for sparse ones, which are copies,
+    because to write into them takes memory.
+    """
+    return optree.tree_map(
+        lambda leaf: leaf.clone() if _is_sparse(leaf) else leaf, tree, none_is_leaf=True
+    )
+
+
+def _is_sparse(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.layout != torch.strided

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import replace
@@ -11,7 +12,7 @@ from functools import partial
 import torch
 
 from bs_optuna.errors import UntraceableError
-from bs_optuna.training.fake_leftovers import forget_fake_tensors
+from bs_optuna.training.fake_leftovers import no_fake_tensors_left
 from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.loop import SMALLEST_EVALUATION_BATCH
 from bs_optuna.training.measured_memory import MeasuredMemory
@@ -93,17 +94,14 @@ class PredictedMemory:
                 whether they take more than was traced. Where some were taken for another batch
                 size they are for all.
         """
-        try:
-            if not self._in_part:
-                return self._largest_fitting(available_bytes, batch_size, most, measure=measure)
-            planned = self._planned(available_bytes, batch_size)
-            found = self._largest_fitting(planned, batch_size, most, measure=measure)
-            if found.microbatch is None:
-                return found
-            # It is a guess that memory is short; BatchNorm refuses a single sample for certain.
-            return replace(found, microbatch=max(found.microbatch, min(FEWEST_SAMPLES, most)))
-        finally:
-            forget_fake_tensors()
+        if not self._in_part:
+            return self._largest_fitting(available_bytes, batch_size, most, measure=measure)
+        planned = self._planned(available_bytes, batch_size)
+        found = self._largest_fitting(planned, batch_size, most, measure=measure)
+        if found.microbatch is None:
+            return found
+        # It is a guess that memory is short; BatchNorm refuses a single sample for certain.
+        return replace(found, microbatch=max(found.microbatch, min(FEWEST_SAMPLES, most)))
 
     def _planned(self, free_bytes: int, batch_size: int) -> int:
         """What to plan with: all that does not go with the microbatch, and of the rest a part.
@@ -113,7 +111,7 @@ class PredictedMemory:
         """
         fixed = 0
         if (probe := self._followed()) is not None:
-            with suppress(UntraceableError):
+            with suppress(UntraceableError), self._predicting():
                 fixed = probe.peak_bytes(1, batch_size=batch_size)
         elif (peak := self._real_steps.least_bytes(batch_size=batch_size)) is not None:
             fixed = int(min(peak, free_bytes))  # infinite if it ran out all the same
@@ -150,19 +148,23 @@ class PredictedMemory:
         if self._probe is None:
             assert self.untraceable is not None
             raise self.untraceable
-        return self._probe.peak_bytes(microbatch_size, batch_size=batch_size)
+        with self._predicting():
+            return self._probe.peak_bytes(microbatch_size, batch_size=batch_size)
+
+    def _predicting(self) -> AbstractContextManager[None]:
+        """Around all that follows the task's code on fake tensors; real steps come between."""
+        return no_fake_tensors_left((self._task.loss, *self._task.metrics.values()))
 
     def _followed(self) -> MemoryProbe | None:
         """A training on fake tensors, made once; None where it cannot be followed."""
         if self._probe is None and self.untraceable is None:
             try:
-                self._probe = MemoryProbe(self._task, device=self._device)
+                with self._predicting():
+                    self._probe = MemoryProbe(self._task, device=self._device)
             except UntraceableError as error:
                 _logger.info("%s", error)
                 release(error)  # what it holds would count in what is followed next
                 self.untraceable = error
-            finally:
-                forget_fake_tensors()  # real steps may follow
         return self._probe
 
     def _traced(self, available_bytes: int, batch_size: int, most: int) -> FittingSizes:
@@ -171,17 +173,17 @@ class PredictedMemory:
         microbatch: int | None = None
         pieces = max(2 * batch_size, SMALLEST_EVALUATION_BATCH)
         try:
-            microbatch = min(probe.largest_fitting(available_bytes, batch_size=batch_size), most)
-            evaluation = probe.largest_evaluation(
-                available_bytes, batch_size=batch_size, most=pieces
-            )
+            with self._predicting():
+                fitting = probe.largest_fitting(available_bytes, batch_size=batch_size)
+                microbatch = min(fitting, most)
+                evaluation = probe.largest_evaluation(
+                    available_bytes, batch_size=batch_size, most=pieces
+                )
             return FittingSizes(microbatch, evaluation)
         except UntraceableError as error:
             _logger.info("%s", error)
             release(error)
             return FittingSizes(microbatch)
-        finally:
-            forget_fake_tensors()
 
     def _contradicted(self, size: int, batch_size: int, available_bytes: int) -> bool:
         """Whether a real step of half a size shows that the whole of it does not fit.
@@ -196,12 +198,13 @@ class PredictedMemory:
         traced = partial(self._probe.peak_bytes, batch_size=batch_size)
         half = size // 2
         try:
-            if half < FEWEST_SAMPLES or 2 * traced(size) <= available_bytes:
-                return False
+            with self._predicting():
+                if half < FEWEST_SAMPLES or 2 * traced(size) <= available_bytes:
+                    return False
+                expected = traced(half)
             measured = self._real_steps.peak_bytes(half, batch_size=batch_size)
             if measured is None:
                 return False
-            expected = traced(half)
         except UntraceableError as error:
             _logger.info("%s", error)
             release(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 
@@ -35,13 +36,30 @@ def optimizer_factory(optimizer: str | OptimizerFactory) -> OptimizerFactory:
     AdamW has weight decay 0.01, SGD momentum 0.9.
 
     Raises:
-        TaskError: No optimizer has that name.
+        TaskError: No optimizer has that name. The function raises it where it makes something else,
+            or an LBFGS.
     """
     if not isinstance(optimizer, str):
-        return optimizer
+        return partial(_checked, optimizer)
     if optimizer not in OPTIMIZERS:
         raise TaskError(
             f"optimizer={optimizer!r}; must be one of {', '.join(OPTIMIZERS)}, "
             "or a function of parameters and learning rate."
         )
     return OPTIMIZERS[optimizer]
+
+
+def _checked(
+    make: OptimizerFactory, parameters: Iterable[torch.nn.Parameter], learning_rate: float
+) -> torch.optim.Optimizer:
+    made = make(parameters, learning_rate)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TaskError(
+            f"optimizer returned a {type(made).__name__}; must be a torch.optim.Optimizer."
+        )
+    if isinstance(made, torch.optim.LBFGS):
+        raise TaskError(
+            "optimizer returned an LBFGS, which steps by a closure; must be one that steps "
+            "without, such as AdamW."
+        )
+    return made

@@ -83,6 +83,25 @@ def test_a_file_that_imports_from_its_package_is_refused_with_the_name_that_work
     assert load_task(name).name == "wine"
 
 
+def test_a_file_of_a_package_within_others_is_named_from_the_outermost(
+    module: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outer = module.parent
+    inner = outer / "inner"
+    inner.mkdir()
+    for folder in (outer, inner):
+        (folder / "__init__.py").touch()
+    (outer / "helper.py").touch()
+    file = inner / module.name
+    file.write_text(f"from ..helper import __name__ as outer\n{MODULE}")
+    name = f"{outer.name}.inner.{module.stem}:build"
+    with pytest.raises(TaskError) as refused:
+        load_task(f"{file}:build")
+    assert str(refused.value).endswith(f"Run from {outer.parent} and name {name}.")
+    monkeypatch.chdir(outer.parent)
+    assert load_task(name).name == "wine"
+
+
 def test_a_task_without_a_name_takes_that_of_its_file(module: Path) -> None:
     module.write_text(
         f"{MODULE}\nfrom dataclasses import replace\ntask = replace(ready, name='task')"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from typing import ClassVar
 
@@ -64,11 +66,34 @@ def in_global_name(count: int) -> torch.Tensor:
     return largest[:count]
 
 
+@dataclass
+class Record:
+    tensor: torch.Tensor
+
+
+@functools.lru_cache
+def in_records(count: int) -> Record:
+    return Record(made(count))
+
+
+def by_closure() -> Callable[[int], torch.Tensor]:
+    kept: dict[int, torch.Tensor] = {}
+
+    def get(count: int) -> torch.Tensor:
+        return kept.setdefault(count, made(count))
+
+    return get
+
+
+in_closure = by_closure()
+
+
 class Cache:
     kept: ClassVar[dict[int, torch.Tensor]] = {}
 
     def __init__(self) -> None:
         self.own: dict[int, torch.Tensor] = {}
+        self.cached = functools.lru_cache(8)(self.in_static_method)
 
     @staticmethod
     @functools.cache
@@ -112,6 +137,9 @@ def predict(**changes: Any) -> None:
         Cache.in_static_method,
         cache.in_class,
         cache.in_object,
+        cache.cached,
+        lambda count: in_records(count).tensor,
+        in_closure,
     ],
 )
 def test_no_fake_tensor_stays_in_a_cache(positions: Any) -> None:
@@ -140,6 +168,50 @@ class KeepsAMean:
         loss = nn.functional.cross_entropy(outputs, targets)
         self.mean = 0.9 * self.mean + 0.1 * loss.detach()
         return loss
+
+
+def test_a_name_stands_for_what_it_did_before() -> None:
+    global running
+    predict(loss=with_running_mean)
+    assert running == 3.0
+    with_running_mean(torch.ones(2, 3), torch.tensor([0, 1]))
+    before = running
+    predict(loss=with_running_mean)
+    assert running is before
+
+
+running: float | torch.Tensor = 3.0
+
+
+def with_running_mean(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    global running
+    loss = nn.functional.cross_entropy(outputs, targets)
+    running = 0.9 * running + 0.1 * loss.detach()
+    return loss
+
+
+class Criterion:
+    """A loss by its method, which nothing in a module holds."""
+
+    def __init__(self) -> None:
+        self.mean = torch.zeros(())
+        self.calls: list[torch.Tensor] = []
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = nn.functional.cross_entropy(outputs, targets)
+        self.mean = 0.9 * self.mean + 0.1 * loss.detach()
+        self.calls.append(loss.detach())
+        return loss
+
+
+def test_the_object_of_a_method_keeps_none() -> None:
+    criterion = Criterion()
+    before = criterion.mean
+    predict(loss=criterion.loss)
+    assert criterion.mean is before
+    assert criterion.calls == []
+    predict(metrics={"same": criterion.loss})
+    assert criterion.mean is before
 
 
 @pytest.mark.parametrize("where", ["loss", "metric"])

@@ -174,3 +174,26 @@ def test_workers_in_other_processes_have_the_same_key(tmp_path: Path) -> None:
     )
     found = {subprocess.check_output([sys.executable, script], text=True) for _ in range(2)}
     assert len(found) == 1
+
+
+DEPTH = 1
+calls = 0
+
+
+class Deep(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        global calls
+        calls += 1
+        for _ in range(DEPTH):
+            x = super().forward(x)
+        return x
+
+
+def test_a_constant_of_the_module_counts_and_a_counter_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = key(model=lambda: Deep(3, 3))
+    monkeypatch.setitem(globals(), "calls", 7)
+    assert key(model=lambda: Deep(3, 3)) == before
+    monkeypatch.setitem(globals(), "DEPTH", 20)
+    assert key(model=lambda: Deep(3, 3)) != before

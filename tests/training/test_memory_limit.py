@@ -90,6 +90,7 @@ def test_the_limit_ends_with_the_outermost_context_whatever_is_raised() -> None:
                     with limit.active():
                         assert not torch.backends.mkldnn.enabled
                         assert torch.backends.nnpack.set_flags(False) == (False,)
+                        assert not torch.backends.mha.get_fastpath_enabled()
                     assert abs(soft() - baseline - 64 * MIB) < MIB
                     raise raised
             except raised:
@@ -97,6 +98,7 @@ def test_the_limit_ends_with_the_outermost_context_whatever_is_raised() -> None:
             assert resource.getrlimit(resource.RLIMIT_DATA) == UNLIMITED
             assert torch.backends.mkldnn.enabled
             assert torch.backends.nnpack.set_flags(True) == (True,)
+            assert torch.backends.mha.get_fastpath_enabled()
         for misuse in (limit.start_trial, lambda: limit.warm_up(print)):
             with limit.active():
                 try:

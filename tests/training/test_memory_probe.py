@@ -345,7 +345,6 @@ def test_what_would_take_minutes_to_follow_is_given_up_at_once() -> None:
         ({"loss": looks_at_values}, "DataDependentOutputException"),
         ({"loss": lambda o, t: o[o > 0].sum()}, "DynamicOutputShapeException"),
         ({"loss": lambda o, t: torch.as_tensor(o.detach().numpy()).sum()}, "Error"),
-        ({"optimizer": lambda p, lr: torch.optim.LBFGS(p, lr=lr)}, "ValueError"),
         ({"model": lambda: nn.Linear(7, 7)}, "RuntimeError"),
     ],
 )

@@ -15,6 +15,7 @@ from comparing import assert_equal
 from failing import FailingAt
 from torch import nn
 
+from bs_optuna.errors import StepDoesNotFitError
 from bs_optuna.training import GuardedStep
 
 
@@ -109,3 +110,40 @@ def test_optimizers_in_a_list_are_put_back_too() -> None:
         found, device = run(position)
         assert device.failures == 1
         assert_equal(found, expected)
+
+
+def test_sparse_state_is_put_back_without_any_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.EmbeddingBag(200, 4, sparse=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    guarded, words = GuardedStep(optimizer), torch.arange(60).reshape(6, 10)
+
+    def backward(words: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        model(words).sum().backward()
+
+    for _ in range(2):
+        backward(words)
+        guarded()
+    before = copy.deepcopy([model.weight.detach(), optimizer.state_dict()])
+    step, copied = torch.optim.SGD.step, torch.Tensor.copy_
+
+    def short(self: torch.optim.SGD) -> None:
+        step(self)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB.")
+
+    def no_sparse_copy(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        if self.is_sparse:  # which takes memory
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB.")
+        return copied(self, other)
+
+    backward(words + 50)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", short)
+        patch.setattr(torch.Tensor, "copy_", no_sparse_copy)
+        with pytest.raises(StepDoesNotFitError):
+            guarded()
+    found = copy.deepcopy([model.weight.detach(), optimizer.state_dict()])
+    for state in (before, found):
+        buffer = state[1]["state"][0]["momentum_buffer"]
+        state[1]["state"][0]["momentum_buffer"] = buffer.to_dense()
+    assert_equal(found, before)

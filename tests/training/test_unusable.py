@@ -104,3 +104,23 @@ def test_a_model_or_an_optimizer_of_another_kind_is_named() -> None:
         AccumulatedBackward(torch.sum, cross_entropy)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"optimizer=.*; must be a torch.optim.Optimizer."):
         GuardedStep(nn.Linear(4, 3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        (lambda p, lr: torch.optim.LBFGS(p, lr=lr), "optimizer returned an LBFGS, which steps by"),
+        (lambda p, lr: None, "optimizer returned a NoneType; must be a torch.optim.Optimizer"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_used_is_refused_before_any_trial(
+    optimizer: Any, said: str
+) -> None:
+    with pytest.raises(TaskError, match=said):
+        make_objective(make_task(optimizer=optimizer))
+
+
+def test_a_metric_of_many_numbers_is_named(study: optuna.Study) -> None:
+    task = make_task(metrics={"errors": lambda o, t: (o.argmax(1) != t).float()})
+    with pytest.raises(TaskError, match=r"errors returned a Tensor of shape \(\d+,\); must return"):
+        run_trial(make_objective(task), study, batch_size=32, lr=0.5)
