@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from optuna import Trial
 
@@ -26,7 +30,21 @@ def requeue_interrupted(objective: Callable[[Trial], float]) -> Callable[[Trial]
                 # With the seed of the first attempt, so that it is the same trial.
                 first = {attributes.FIRST_ATTEMPT: trial.number}
                 passed_on = {**first, **inherited(trial.user_attrs)}
-                trial.study.enqueue_trial(trial.params, user_attrs=passed_on)
+                with _deaf_to_ctrl_c():
+                    trial.study.enqueue_trial(trial.params, user_attrs=passed_on)
             raise
 
     return wrapped
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """A context that a second Ctrl-C does not cut off; only the main thread hears any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -94,6 +94,31 @@ def test_a_mistake_is_not_queued_again(tmp_path: Path) -> None:
     assert [trial.state for trial in study.trials] == [TrialState.FAIL]
 
 
+def test_a_second_ctrl_c_does_not_cut_the_queueing_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = open_study(storage=f"sqlite:///{tmp_path / 'study.db'}", name="s")
+    enqueue = optuna.Study.enqueue_trial
+
+    def impatient(self: optuna.Study, *arguments: object, **settings: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        enqueue(self, *arguments, **settings)  # type: ignore[arg-type]
+        signal.raise_signal(signal.SIGINT)
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0.0, 1.0)
+        signal.raise_signal(signal.SIGINT)
+        return 0.0
+
+    monkeypatch.setattr(optuna.Study, "enqueue_trial", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        study.optimize(requeue_interrupted(objective), n_trials=1)
+    waiting = study.get_trials(states=(TrialState.WAITING,))
+    assert len(waiting) == 1
+    with pytest.raises(KeyboardInterrupt):  # heard again
+        signal.raise_signal(signal.SIGINT)
+
+
 def test_an_interruption_before_the_first_parameter_queues_nothing(tmp_path: Path) -> None:
     study = open_study(storage=f"sqlite:///{tmp_path / 'study.db'}", name="s")
 
