@@ -250,7 +250,6 @@ def _run_task(
             _search(tuning, config, console, verbosity)
             with console.status("training the recommended setting anew"):
                 conclusion = conclude(tuning, final_runs=config.final_runs)
-                publish(tuning, conclusion)
         else:
             conclusion = as_found(tuning)
     except KeyboardInterrupt:
@@ -263,6 +262,8 @@ def _run_task(
         return EXIT_INTERRUPTED
     width = console.width - 1 if console.is_terminal else LINE_WIDTH
     console.print(summary(tuning, conclusion, width=width), soft_wrap=True)
+    if config.trials:
+        publish(tuning, conclusion)
     return 0 if conclusion is not None else EXIT_NO_RESULT
 
 

@@ -13,6 +13,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from bs_optuna.errors import StudyError
+from bs_optuna.sampling import attributes
 
 
 def check_direction(study: Study, direction: str) -> None:
@@ -64,3 +65,28 @@ def describe(distribution: BaseDistribution) -> str:
     if distribution.step not in (None, 1):
         words.append(f"step {distribution.step}")
     return f"{distribution.low}:{distribution.high} ({', '.join(words)})"
+
+
+def check_experiment(study: Study, experiment: dict[str, str]) -> None:
+    """Refuses to mix trials whose values cannot be compared; a new study takes the experiment.
+
+    Raises:
+        StudyError: The study has trials of another one, or of none.
+    """
+    stored = study.user_attrs.get(attributes.EXPERIMENT)
+    if stored is None and study.get_trials(
+        deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)
+    ):
+        raise StudyError(
+            f"Study {study.study_name!r} has trials of something else than this command, whose "
+            "values would not compare. Use another study name (--study)."
+        )
+    if stored is None:
+        study.set_user_attr(attributes.EXPERIMENT, experiment)
+        return
+    for key, value in experiment.items():
+        if stored.get(key, value) != value:
+            raise StudyError(
+                f"Study {study.study_name!r} was made with {key}={stored[key]}, now {value}; "
+                "values would not compare. Use another study name (--study)."
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Literal
 
 import optuna
@@ -10,11 +11,15 @@ from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
+from sqlalchemy.exc import ArgumentError
 
+from bs_optuna.errors import StudyError
 from bs_optuna.study.agreement import check_direction
 from bs_optuna.study.agreement import check_search_space
 from bs_optuna.study.storage import HEARTBEAT_INTERVAL_S
 from bs_optuna.study.storage import open_storage
+from bs_optuna.study.storage import storage_file
+from bs_optuna.study.storage import without_password
 
 
 def open_study(
@@ -62,3 +67,22 @@ def open_study(
     if search_space is not None:
         check_search_space(study, search_space)
     return study
+
+
+def refuse_missing(storage: str, name: str) -> None:
+    """Refuses a study that is not there, and makes nothing.
+
+    Raises:
+        StudyError: There is none of that name, or the storage cannot be opened.
+    """
+    file = None
+    with suppress(ArgumentError):  # of what is no URL, as opening it will say
+        file = storage_file(storage)
+    if file is None or file.exists():
+        names = optuna.get_all_study_names(open_storage(storage))
+        if name in names:
+            return
+    raise StudyError(
+        f"There is no study {name!r} in {without_password(storage)} to tell of; run it with "
+        "trials=1 or more, or correct --study or --storage."
+    )

@@ -17,10 +17,10 @@ from optuna.trial import TrialState
 
 from bs_optuna.config import StudyConfig
 from bs_optuna.errors import ConfigError
-from bs_optuna.errors import StudyError
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import is_out_of_memory
 from bs_optuna.sampling.sampler import CoupledSampler
+from bs_optuna.study.agreement import check_experiment
 from bs_optuna.study.blame import described
 from bs_optuna.study.blame import named_errors
 from bs_optuna.study.blame import set_up_of
@@ -28,6 +28,7 @@ from bs_optuna.study.collecting import imports_left_out
 from bs_optuna.study.device import device_named
 from bs_optuna.study.interruption import requeue_interrupted
 from bs_optuna.study.opening import open_study
+from bs_optuna.study.opening import refuse_missing
 from bs_optuna.study.storage import open_storage
 from bs_optuna.study.storage import without_password
 from bs_optuna.training.budget import Budget
@@ -168,7 +169,8 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
         ConfigError: A device that is not there, a limit that cannot be enforced, or a reference
             whose learning rate is out of range.
         TaskError: The training data holds fewer samples than the largest batch size.
-        StudyError: The storage cannot be used, or the study holds another experiment.
+        StudyError: The storage cannot be used, the study holds another experiment, or there is none
+            and no trials are asked for.
         TrainingError: The task's own code raised an error.
     """
     if config.optimizer is not None:
@@ -194,6 +196,8 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
     name = config.study or task.name
     storage = storage_of(config, task)
     low = rungs(budget, batch_size=config.batch_size[0], count=EVALUATIONS)
+    if not config.trials:
+        refuse_missing(storage, name)
     database = open_storage(storage)
     study = open_study(
         storage=database,
@@ -209,12 +213,12 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
         "optimizer": optimizer,
         "budget": str(budget),
     }
-    _check_experiment(study, experiment)
+    check_experiment(study, experiment)
     _name_value(study, f"validation {task.objective}")
     shown = without_password(storage)
-    study.set_user_attr(
-        attributes.CONFIG, {**config.model_dump(mode="json"), "storage": shown, "study": name}
-    )
+    if config.trials:
+        stored = {**config.model_dump(mode="json"), "storage": shown, "study": name}
+        study.set_user_attr(attributes.CONFIG, stored)
     return Tuning(task, objective, study, database, shown, _target(study, config.trials))
 
 
@@ -266,25 +270,6 @@ def _target(study: optuna.Study, trials: int) -> int:
     if finished < trials:
         return trials
     return finished + trials if concluded else finished
-
-
-def _check_experiment(study: optuna.Study, experiment: dict[str, str]) -> None:
-    """Refuses to mix trials whose values cannot be compared."""
-    stored = study.user_attrs.get(attributes.EXPERIMENT)
-    if stored is None and study.get_trials(deepcopy=False, states=FINISHED):
-        raise StudyError(
-            f"Study {study.study_name!r} has trials of something else than this command, whose "
-            "values would not compare. Use another study name (--study)."
-        )
-    if stored is None:
-        study.set_user_attr(attributes.EXPERIMENT, experiment)
-        return
-    for key, value in experiment.items():
-        if stored.get(key, value) != value:
-            raise StudyError(
-                f"Study {study.study_name!r} was made with {key}={stored[key]}, now {value}; "
-                "values would not compare. Use another study name (--study)."
-            )
 
 
 def _name_value(study: optuna.Study, name: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 from typing import Literal
@@ -68,7 +67,8 @@ class AccumulatedBackward:
     done again without it, which rounds otherwise, and so are all later ones in that thread.
 
     A batch may be on another device than the model, for instance in the memory of the host: each
-    microbatch is moved to the model when its turn comes.
+    microbatch is moved to the model when its turn comes. Inputs of which some are there already, as
+    beside the lengths of a packed sequence, are left as they are; so are targets.
 
     What microbatches cannot do: BatchNorm normalizes each microbatch by its own statistics, which a
     warning says once (see ``batch_norm``), and a loss that couples samples (in-batch negatives) is
@@ -169,7 +169,7 @@ class AccumulatedBackward:
         self._device_types = {device.type for device in devices}
         self._device = devices.pop() if len(devices) == 1 else None
         self._foreign = draws_foreign(model, loss_fn)
-        self._buffers = BufferCopies(self._parts)
+        self._buffers = BufferCopies(self._parts, all_copied=process_group is not None)
         if scaler is not None:
             # It makes its tensors in the first use, and one that failed there stays half made.
             scaler.scale(torch.zeros((), device=device_of(*self._modules)))
@@ -270,9 +270,11 @@ class AccumulatedBackward:
         if verdict is not None:
             release(failed)
         if verdict is None:
-            if before is not None:
-                with suppress(Exception):  # of a device that answers nothing any more
+            try:
+                if before is not None:
                     before.restore()
+            except Exception as lost:  # perhaps of a device that answers nothing any more
+                failed.add_note(f"What the pass had changed is not all put back: {lost}")
             raise failed
         if before is None:
             return replace(verdict, kind=f"{verdict.kind}, for copies of the buffers")

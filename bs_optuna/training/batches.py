@@ -47,14 +47,20 @@ def take(batch: Any, samples: slice | torch.Tensor) -> Any:
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor on the device, unless one is there already.
+    """The batch with inputs and targets on the device.
 
-    Then somebody has placed them, as with the lengths of a packed sequence, which stay on the host.
+    Where one of the inputs is there already, somebody has placed them, as beside the lengths of a
+    packed sequence, which stay on the host; likewise of the targets.
     """
-    leaves: list[torch.Tensor] = optree.tree_leaves(batch)  # type: ignore[arg-type]
+    inputs, targets = batch
+    return _moved(inputs, device), _moved(targets, device)
+
+
+def _moved(tree: Any, device: torch.device) -> Any:
+    leaves: list[torch.Tensor] = optree.tree_leaves(tree)
     if any(leaf.device == device for leaf in leaves):
-        return batch
-    return optree.tree_map(partial(_to, device), batch)  # type: ignore[arg-type,return-value]
+        return tree
+    return optree.tree_map(partial(_to, device), tree)
 
 
 def _to(device: torch.device, leaf: torch.Tensor) -> torch.Tensor:

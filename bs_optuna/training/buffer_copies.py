@@ -57,10 +57,7 @@ class SavedBuffer:
             return True
         if self.copy is None:
             return self.buffer._version != self.version
-        try:
-            return not torch.equal(distinct(self.buffer), self.copy)
-        except (RuntimeError, MemoryError):  # of another shape, or a kind that is not compared
-            return True
+        return not _same(distinct(self.buffer), self.copy)
 
     def restore(self) -> None:
         """Puts values and tensor back.
@@ -77,6 +74,8 @@ class SavedBuffer:
                 "passes, which left it alone, it was not copied any more. Load a checkpoint."
             )
         if self.name not in self.module._buffers:  # forward has deleted it
+            if hasattr(self.module, self.name):
+                delattr(self.module, self.name)
             self.module.register_buffer(self.name, self.buffer, persistent=self.persistent)
         elif self.module._buffers[self.name] is not self.buffer:  # or put another in its place
             setattr(self.module, self.name, self.buffer)
@@ -88,7 +87,7 @@ class SavedBuffer:
                 self.buffer.resize_(self.shape)
             target = distinct(self.buffer)
             # A file that is mapped for reading cannot be written to, and ends the process.
-            if not (target.is_cpu and target.layout == torch.strided and torch.equal(target, copy)):
+            if not (target.is_cpu and _same(target, copy)):
                 target.copy_(copy)
 
 
@@ -100,10 +99,13 @@ class BufferCopies:
 
     Args:
         modules: Every module with buffers of interest, those within others too.
+        all_copied: Whether to copy all in each pass. Of several ranks none may be left alone by
+            an error of another one that could not undo its pass.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], *, all_copied: bool = False) -> None:
         self._modules = modules
+        self._all_copied = all_copied
         self._copies: dict[_Key, torch.Tensor] = {}
         self._constant: dict[_Key, torch.Tensor] = {}
         self._changing: set[_Key] = set()
@@ -114,7 +116,7 @@ class BufferCopies:
 
     def settle(self, saved: Sequence[SavedBuffer]) -> None:
         """Looks what a whole pass has changed, of those that take long to copy."""
-        for buffer in saved:
+        for buffer in () if self._all_copied else saved:
             if not buffer.is_large or buffer.key in self._changing:
                 continue
             self._constant.pop(buffer.key, None)
@@ -143,6 +145,19 @@ class BufferCopies:
             copy = self._copies[key] = torch.empty_like(values)
         copy.copy_(values)
         return SavedBuffer(module, name, buffer, buffer.shape, persistent, copy, 0)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are known to hold the same bytes; numbers that are none are equal then.
+
+    It takes no memory on a CPU.
+    """
+    try:
+        if one.is_contiguous() and other.is_contiguous() and one.dtype == other.dtype:
+            one, other = (t.reshape(-1).view(torch.uint8) for t in (one, other))
+        return torch.equal(one, other)
+    except (RuntimeError, MemoryError):  # of a kind that is not compared
+        return False
 
 
 def distinct(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import contextmanager
 from contextlib import suppress
 from dataclasses import is_dataclass
@@ -29,6 +30,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _CachedFunction = type(functools.lru_cache(lambda: None))
 # Not what inherits from them: it may do anything, such as import what it holds.
 _CONTAINERS = (dict, OrderedDict, defaultdict, list)
+_DEPTH = 3  # to which they are looked into
+_LONGEST = 10_000  # of them; what is longer is data, and no cache
 # Most modules are of these, which keep no tensors of a task.
 _OTHERS = sys.stdlib_module_names | {
     *("bs_optuna", "matplotlib", "numpy", "optuna", "optuna_dashboard", "optree", "pydantic"),
@@ -54,90 +57,122 @@ def own_copy(function: _Function, memo: dict[int, Any]) -> _Function:
 
 @contextmanager
 def no_fake_tensors_left(functions: Iterable[object]) -> Iterator[None]:
-    """A context for predictions: what outlives a model holds no fake tensor after it.
+    """A context for predictions: what outlives a model is after it as it was before.
 
-    Each `functools.lru_cache` that holds one is cleared, dictionaries and lists lose those that
-    they hold, also in tuples and records, and a name that stands for one stands for what it did
-    before: in modules, in their classes, in the objects that they hold, and in what their functions
-    have closed over. The collector knows of more, but not of what it was told to leave alone
-    (`gc.freeze`).
+    Where a fake tensor has got into a dictionary or list, also in a tuple or a record, it holds
+    what it held before; a name that stands for one stands for what it did before; and each
+    `functools.lru_cache` that holds one is cleared: in modules, in their classes, in the objects
+    that they hold, and in what their functions have closed over. The collector knows of more, but
+    not of what it was told to leave alone (`gc.freeze`).
 
     Args:
         functions: Of the task; if they are methods their objects are looked at too.
     """
     methods = [f.__self__ for f in functions if isinstance(f, MethodType)]
-    before = [(owner, dict(vars(owner))) for owner in _owners(methods)]
+    names = {id(owner): (owner, dict(found)) for owner, found in _owners(methods)}
+    containers: dict[int, tuple[Any, Any]] = {}
+    for _, found in names.values():
+        for thing in found.values():
+            _keep(thing, containers)
     try:
         yield
     finally:
-        names = {id(owner): kept for owner, kept in before}
-        for owner in _owners(methods):
-            _forget(owner, names.get(id(owner), {}))
+        for container, kept in containers.values():
+            if any(map(_holds_fake, _new(container, kept))):
+                _put_back(container, kept)
+        for owner, current in _owners(methods):
+            before = names[id(owner)][1] if id(owner) in names else {}
+            for name, thing in list(current.items()):
+                _forget(owner, name, thing, before)
 
 
-def _forget(owner: Any, before: dict[str, Any]) -> None:
-    for name, thing in list(vars(owner).items()):
-        thing = thing.__func__ if type(thing) in (staticmethod, classmethod) else thing
-        kind = type(thing)  # isinstance asks the thing itself too, and some then warn
-        if kind in _CONTAINERS:
-            _forget_in(thing)
-        elif kind is _CachedFunction and _holds_fake(gc.get_referents(thing)):
-            thing.cache_clear()
-        elif kind is FunctionType:
-            for cell in thing.__closure__ or ():
-                with suppress(ValueError):  # it is empty
-                    _forget_in(cell.cell_contents)
-        elif kind is FakeTensor:
-            with suppress(AttributeError):  # of an object that is frozen
-                if name in before:
-                    setattr(owner, name, before[name])
-                else:
-                    delattr(owner, name)
+def _keep(thing: Any, containers: dict[int, tuple[Any, Any]], *, depth: int = _DEPTH) -> None:
+    """Notes what dictionaries and lists hold, those within them too."""
+    kind = type(thing)
+    if kind is FunctionType:
+        for cell in thing.__closure__ or ():
+            with suppress(ValueError):  # it is empty
+                if type(cell.cell_contents) in _CONTAINERS:
+                    _keep(cell.cell_contents, containers)
+    elif kind in _CONTAINERS and len(thing) <= _LONGEST and id(thing) not in containers:
+        containers[id(thing)] = (thing, list(thing) if kind is list else dict(thing))
+        if depth:
+            for value in list(thing if kind is list else thing.values()):
+                _keep(value, containers, depth=depth - 1)
 
 
-def _forget_in(container: Any) -> None:
-    if type(container) not in _CONTAINERS or not _holds_fake(container):
-        return
-    items = list(enumerate(container) if type(container) is list else container.items())
-    for key, value in reversed(items):  # so that the places of those before it stay
-        if type(value) in _CONTAINERS:
-            _forget_in(value)
-        elif _holds_fake(value):
-            del container[key]
+def _new(container: Any, kept: Any) -> list[Any]:
+    """What a container holds in other places than before."""
+    if type(container) is list:
+        return [v for i, v in enumerate(container) if i >= len(kept) or v is not kept[i]]
+    return [v for key, v in list(container.items()) if key not in kept or v is not kept[key]]
 
 
-def _owners(more: Iterable[object]) -> Iterable[object]:
+def _put_back(container: Any, kept: Any) -> None:
+    if type(container) is list:
+        container[:] = kept
+    else:
+        container.clear()
+        container.update(kept)
+
+
+def _forget(owner: Any, name: str, thing: Any, before: Mapping[str, Any]) -> None:
+    function = thing.__func__ if type(thing) in (staticmethod, classmethod) else thing
+    if type(function) is _CachedFunction:
+        if any(map(_holds_fake, gc.get_referents(function))):
+            function.cache_clear()
+    elif (name not in before or thing is not before[name]) and _holds_fake(thing):
+        with suppress(Exception):  # other people's objects may refuse
+            if name in before:
+                setattr(owner, name, before[name])
+            else:
+                delattr(owner, name)
+
+
+def _owners(more: Iterable[object]) -> Iterator[tuple[object, Mapping[str, Any]]]:
     """Modules in which a task's own code may keep something, their classes and objects."""
-    found = {id(thing): thing for thing in more if _may_keep(thing)}
+    met: set[int] = set()
+    for thing in more:
+        yield from _owner(thing, met)
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in _OTHERS or type(module) is not ModuleType:
             continue
-        found[id(module)] = module
+        yield module, vars(module)
         for thing in list(vars(module).values()):
-            if id(thing) not in found and _may_keep(thing):
-                found[id(thing)] = thing
-    return found.values()
+            yield from _owner(thing, met)
 
 
-def _may_keep(thing: Any) -> bool:
+def _owner(thing: Any, met: set[int]) -> Iterator[tuple[object, Mapping[str, Any]]]:
+    """The thing and its names if it is a class or an object of a module that may keep something."""
     kind = type(thing)
     is_class = issubclass(kind, type)
-    home = str(vars(thing if is_class else kind).get("__module__", ""))
-    return home.partition(".")[0] not in _OTHERS and (is_class or kind.__dictoffset__ != 0)
+    if id(thing) in met or not (is_class or kind.__dictoffset__):
+        return
+    met.add(id(thing))
+    # Asked in this way it is not the thing itself that answers, which may do anything.
+    names = type.__dict__["__dict__"].__get__(thing if is_class else kind)
+    if str(names.get("__module__", "")).partition(".")[0] in _OTHERS:
+        return
+    if not is_class:
+        try:
+            names = object.__getattribute__(thing, "__dict__")
+        except Exception:  # it is a property
+            return
+    yield thing, names
 
 
-def _holds_fake(thing: Any, *, depth: int = 3) -> bool:
+def _holds_fake(thing: Any, *, depth: int = _DEPTH) -> bool:
     kind = type(thing)
     if kind is FakeTensor:
         return True
     if depth == 0:
         return False
     if kind is list or issubclass(kind, tuple):
-        items = list(thing)
+        items = thing if len(thing) <= _LONGEST else ()
     elif kind in _CONTAINERS:
-        items = list(thing.values())
+        items = list(thing.values()) if len(thing) <= _LONGEST else ()
     elif is_dataclass(kind) or kind is SimpleNamespace:
-        items = list(getattr(thing, "__dict__", {}).values())  # none with slots
+        items = getattr(thing, "__dict__", {}).values()  # none with slots
     else:
         return False
     return any(_holds_fake(item, depth=depth - 1) for item in items)

@@ -205,8 +205,9 @@ class TrainingRun:
         return dict(state["random"])
 
     def _build(self) -> None:
-        with self._limit.active():
-            self._learner = Learner(self._task, self.settings, self._device)
+        self._learner = Learner(
+            self._task, self.settings, self._device, within=self._limit.active()
+        )
         self._guarded_step = GuardedStep(self._learner.optimizer)
         self.warmup = self._learner.schedule.warmup
         # Of a budget in seconds the first step is not known; it is taken for the whole warmup.
@@ -251,10 +252,7 @@ class TrainingRun:
         inputs, targets = next(batches)
         # The middle of the step, so that neither the first nor the last one is lost to a rate of 0.
         self._learner.schedule.set(self._progress() + 0.5 * self._step_progress)
-        for (
-            parameter
-        ) in self._learner.parameters:  # optimizer.zero_grad() would take ten times as long
-            parameter.grad = None
+        self._learner.forget_gradients()
         fitted, failures = self.fits, len(self.failed_sizes)
         with self._limit.active():
             loss = self._gradient(inputs, targets)

@@ -156,8 +156,9 @@ def release(error: BaseException) -> None:
             and message and lose their traceback.
     """
     handled = sys.exception()
+    met = [] if handled is None else [*_chain(handled)]
     # One that was being handled before the attempt began is not ours.
-    others = set() if handled in (None, error) else set(map(id, _chain(handled)))
+    others = set() if any(member is error for member in met) else set(map(id, met))
     for member in _chain(error):
         if id(member) not in others:
             traceback.clear_frames(member.__traceback__)

@@ -47,7 +47,8 @@ class OptimizerSnapshot:
         # Many published ones add the weight decay to the gradients.
         self._gradients = [(p, _kept(p.grad)) for p in parameters] if foreign else []
         tensors += [gradient for _, gradient in self._gradients if _is_written_back(gradient)]
-        wrapped = _optimizers_in(optimizer) if foreign else []
+        plain = type(optimizer).__module__.startswith("torch.optim.")
+        wrapped = [] if plain else _optimizers_in(optimizer)
         self._wrapped = [OptimizerSnapshot(o, [], None, on_host) for o in wrapped]
         self._copies = [(t, _copy(t, "cpu" if on_host else t.device)) for t in tensors]
         # Nothing is drawn by those that step in place.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from collections.abc import Sequence
-from contextlib import nullcontext
-from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import field
 from enum import IntEnum
@@ -145,9 +143,10 @@ class Attempt:
         else:
             release(error)
         before = self.before
-        # A device that answers nothing any more must not keep the others waiting.
-        with nullcontext() if self.error is None else suppress(Exception):
+        try:
             self.undo()
+        except Exception as incomplete:  # the others wait to be told
+            self.error = self.error or incomplete
         if self.error is None and self.verdict is not None:
             self.error = _incomplete(before)
             empty_caches()

@@ -123,14 +123,14 @@ class StepSnapshot:
         if failed is not None:
             raise failed
 
-    def _restore_buffers(self) -> RuntimeError | None:
+    def _restore_buffers(self) -> Exception | None:
         """Puts all back that can be; why the first of the others cannot."""
-        failed = None
+        failed: Exception | None = None
         with torch.no_grad():
             for saved in self._buffers:
                 try:
                     saved.restore()
-                except RuntimeError as error:
+                except (RuntimeError, KeyError, AttributeError) as error:
                     failed = failed or error
         return failed
 

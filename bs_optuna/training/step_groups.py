@@ -18,21 +18,23 @@ class StepGroups:
     Args:
         optimizer: Goes through its ``param_groups`` once in a step, as PyTorch's own do.
         fuse: Whether it finds ``fused`` set meanwhile, which nobody else sees.
+        noted: Whether to note what is done; not where all is undone if one group fails.
 
     Attributes:
-        done: Those that have been stepped.
+        done: Those that have been stepped, as far as they are noted.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, fuse: bool) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, *, fuse: bool, noted: bool) -> None:
         self._optimizer = optimizer
         self._fuse = fuse
+        self._noted = noted
         self.done: list[Group] = []
 
     @contextmanager
     def remaining(self) -> Iterator[None]:
         """A context in which the optimizer steps what is not done yet, and that is noted."""
         groups = self._optimizer.param_groups
-        noting = _Noting(groups, self.done, fuse=self._fuse)
+        noting = _Noting(groups, self.done if self._noted else [], fuse=self._fuse)
         # The last of the hooks: others may go through the groups too.
         handle = self._optimizer.register_step_pre_hook(noting.begin)
         self._optimizer.param_groups = noting

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
 
 import torch
 
@@ -63,7 +62,4 @@ def steps_in_place(optimizer: torch.optim.Optimizer) -> bool:
 
 def is_compiled(optimizer: torch.optim.Optimizer) -> bool:
     """Whether its step was put through ``torch.compile``, which takes the groups as they are."""
-    step: Any = vars(optimizer).get("step")
-    while step is not None and not hasattr(step, "_torchdynamo_orig_callable"):
-        step = getattr(step, "__wrapped__", None)  # a scheduler may have wrapped it
-    return step is not None
+    return hasattr(vars(optimizer).get("step"), "_torchdynamo_orig_callable")

@@ -150,7 +150,9 @@ def test_a_mapping_of_another_kind_is_a_batch() -> None:
 
 def test_what_somebody_has_placed_stays_where_it_is() -> None:
     here, there = torch.device("cpu"), torch.device("meta")  # a device that every machine has
-    batch = (torch.ones(2), torch.ones(2, device=there))
-    assert [t.device for t in moved(batch, here)] == [here, there]
-    assert [t.device for t in moved(batch, there)] == [here, there]
-    assert [t.device for t in moved((batch[0], batch[0]), there)] == [there, there]
+    lengths, words = torch.ones(2), torch.ones(2, device=there)
+    inputs, targets = moved(((words, lengths), lengths), there)
+    assert [t.device for t in inputs] == [there, here]
+    assert targets.device == there
+    inputs, targets = moved(((lengths, lengths), words), there)
+    assert [t.device for t in (*inputs, targets)] == [there] * 3

@@ -190,6 +190,62 @@ def with_running_mean(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Ten
     return loss
 
 
+features: list[torch.Tensor | None] = [None, None]
+options: dict[str, torch.Tensor | None] = {"mask": None}
+last: tuple[int, torch.Tensor] | None = None
+
+
+class Hooked(nn.Linear):
+    """Fills places that are there, as a forward hook does, and makes a mask that is missing."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        global last
+        if options["mask"] is None:
+            options["mask"] = torch.ones(16)
+        features[0] = x * options["mask"]
+        features[1] = super().forward(features[0])
+        last = (len(x), features[1])
+        return features[1]
+
+
+def test_places_that_were_there_are_there_again() -> None:
+    predict(model=Hooked)
+    assert features == [None, None]
+    assert options == {"mask": None}
+    assert last is None
+    Hooked()(torch.zeros(3, 16))
+    before = [*features, options["mask"], last]
+    predict(model=Hooked)
+    after = [*features, options["mask"], last]
+    assert all(a is b or type(a) is torch.Tensor for a, b in zip(after, before, strict=True))
+    assert options["mask"] is before[2]
+    assert features[1] is before[1]
+    assert last is before[3]
+
+
+class Shy:
+    """An object of a module that does not like to be looked at, as proxies do not."""
+
+    @property
+    def __dict__(self) -> dict[str, object]:  # type: ignore[override]
+        raise RuntimeError("working outside of application context")
+
+
+class Lazy:
+    def __getattribute__(self, name: str) -> object:
+        raise ImportError(f"{name} is loaded when it is needed, and cannot be")
+
+
+shy, lazy = Shy(), Lazy()
+
+
+def test_objects_that_do_anything_when_they_are_touched_are_not() -> None:
+    predict(model=lambda: Positioned(in_dict))
+
+
 class Criterion:
     """A loss by its method, which nothing in a module holds."""
 
