@@ -95,7 +95,8 @@ class BufferCopies:
     """Memory for the copies of some modules' buffers, from pass to pass.
 
     A large buffer is not copied any more once a pass has left it alone. Then the count of
-    operations in place tells if one does change it, which writing through ``.data`` escapes.
+    operations in place tells if one does change it, which writing through ``.data``, NumPy or
+    DLPack escapes.
 
     Args:
         modules: Every module with buffers of interest, those within others too.

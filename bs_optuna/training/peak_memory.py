@@ -34,7 +34,7 @@ class PeakMemory:
         self._start: int | None = None
 
     def start(self) -> None:
-        """Forgets earlier peaks; takes a few milliseconds."""
+        """Forgets earlier peaks; takes some milliseconds, and more after much garbage."""
         self._start = None
         if self._counts:
             accelerator = torch.get_device_module(self._device)

@@ -99,3 +99,16 @@ def run_one_by_one(tuning: Tuning, started: Callable[[object], None]) -> None:
                 ended=lambda study, trial: None,
                 training=nullcontext,
             )
+
+
+def test_garbage_of_before_is_not_kept_and_imports_are_left_alone() -> None:
+    before = gc.get_freeze_count()
+    with no_collector():
+        model = digits.build_model()
+        model.related = [model]  # type: ignore[assignment]
+        made = weakref.ref(model)
+        del model
+        with imports_left_out():
+            assert made() is None
+            assert gc.get_freeze_count() > before
+    assert gc.get_freeze_count() == 0

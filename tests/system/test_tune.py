@@ -81,8 +81,10 @@ def test_a_study_runs_is_summed_up_and_goes_on(tmp_path: Path) -> None:
     assert "Recommended for digits" in again.stdout
     assert len(study.trials) == 7
 
-    found = tune(tmp_path, "--trials", "0")
+    config = study.user_attrs[attributes.CONFIG]
+    found = tune(tmp_path, "--trials", "0", "--seed", "7")
     assert found.returncode == 0, found.stderr
+    assert study.user_attrs[attributes.CONFIG] == config
     assert found.stdout == again.stdout  # scores and all, without a trial or a training
     assert len(study.trials) == 7
     assert "## Recommended for digits" in get_note(study)
@@ -179,6 +181,13 @@ def test_final_runs_that_were_missed_come_before_more_trials(tmp_path: Path) -> 
     assert again.returncode == 0, again.stderr
     assert "Recommended for digits" in again.stdout
     assert len(trials(tmp_path, "digits")) == 3
+
+
+def test_there_is_nothing_to_tell_of_a_study_that_is_not_there(tmp_path: Path) -> None:
+    run = tune(tmp_path, "--trials", "0", "--study", "typo")
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: There is no study 'typo' in sqlite:///studies/typo.db")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_study_of_something_else_is_refused(tmp_path: Path) -> None:

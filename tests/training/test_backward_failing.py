@@ -194,6 +194,32 @@ def test_of_several_ranks_too_one_tells_the_others_of_what_joined_late() -> None
     assert attempt.report(MicrobatchLimit(4, regrow_after=None)).outcome == Outcome.ERROR
 
 
+def test_of_several_ranks_one_tells_the_others_of_what_cannot_be_put_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Linear(2, 3)
+    before = StepSnapshot(
+        [model],
+        [*model.parameters()],
+        images(),
+        buffers=BufferCopies([model]),
+        device_types=(),
+        foreign=False,
+    )
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(before, "restore", lost)
+    attempt = Attempt(plan=AccumulationPlan(4, 4), before=before)
+    attempt.judge(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB."))
+    assert "device-side assert" in str(attempt.error)
+    attempt = Attempt(plan=AccumulationPlan(4, 4), before=before)
+    attempt.judge(IndexError("mine"))
+    assert isinstance(attempt.error, IndexError)
+    assert attempt.report(MicrobatchLimit(4, regrow_after=None)).outcome == Outcome.ERROR
+
+
 def test_backing_off_halves_until_it_fits_and_stays_there() -> None:
     model = Hungry(fits=3)
     backward = AccumulatedBackward(model, nn.functional.cross_entropy)
@@ -297,8 +323,9 @@ def test_an_error_of_the_users_own_passes_where_a_lost_device_cannot_be_put_back
         raise IndexError("target 10 of 10 classes")
 
     monkeypatch.setattr(StepSnapshot, "restore", lost)
-    with pytest.raises(IndexError, match="target 10"):
+    with pytest.raises(IndexError, match="target 10") as raised:
         AccumulatedBackward(network(), loss)(*images())
+    assert "not all put back: CUDA error: device-side assert" in raised.value.__notes__[0]
 
 
 def test_a_last_single_sample_that_meets_a_passing_spike_is_tried_again() -> None:

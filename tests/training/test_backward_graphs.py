@@ -10,6 +10,7 @@ import torch
 from comparing import gradients
 from torch import nn
 
+from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.training import AccumulatedBackward
 
 
@@ -113,3 +114,15 @@ def test_an_error_that_was_being_handled_before_keeps_its_traceback() -> None:
         backward(torch.randn(8, 5), torch.randn(8, 1))
         frames = traceback.extract_tb(error.__traceback__)
         assert frames[-1].name == "fails"
+
+
+def test_what_forward_has_frozen_is_not_frozen_where_nothing_fits() -> None:
+    class Freezing(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.weight.requires_grad_(False)
+            return super().forward(x)
+
+    model = Freezing(5, 1)
+    with pytest.raises(MicrobatchDoesNotFitError):
+        AccumulatedBackward(model, Full(*range(1, 9)))(torch.randn(8, 5), torch.randn(8, 1))
+    assert model.weight.requires_grad

@@ -12,6 +12,7 @@ from torch import nn
 
 from bs_optuna.training import AccumulatedBackward
 from bs_optuna.training.buffer_copies import LARGE_BYTES
+from bs_optuna.training.buffer_copies import BufferCopies
 
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -190,3 +191,49 @@ def test_copies_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(backward._buffers, "save", full)
     with pytest.raises(MemoryError, match="for copies of the buffers"):
         backward(*BATCH)
+
+
+def test_of_several_ranks_all_buffers_are_always_copied() -> None:
+    model = Buffered(torch.zeros(LARGE), lambda model: None)
+    for all_copied in (False, True):
+        copies = BufferCopies([model], all_copied=all_copied)
+        copies.settle(copies.save())
+        assert [saved.copy is not None for saved in copies.save()] == [all_copied, True]
+
+
+def test_a_buffer_that_changes_now_and_then_is_copied_in_each_pass() -> None:
+    changes = iter([True, False])
+    copied = Copied(
+        Buffered(torch.zeros(LARGE), lambda model: add(model) if next(changes) else None), Loss()
+    )
+    for _ in range(2):
+        copied.backward(*BATCH)
+        assert copied.buffer()
+
+
+def test_a_large_buffer_of_inference_mode_is_always_copied() -> None:
+    with torch.inference_mode():
+        buffer = torch.zeros(LARGE)
+    copied = Copied(Buffered(buffer, lambda model: None), Loss())
+    copied.backward(*BATCH)
+    assert copied.buffer()
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("instead", [None, nn.Parameter(torch.zeros(2)), "a word"])
+def test_a_buffer_that_is_deleted_is_a_buffer_again(instead: object, persistent: bool) -> None:
+    loss = Loss(1)
+
+    def change(model: Buffered) -> None:
+        if loss.calls == 0:
+            del model.buffer
+            if instead is not None:
+                model.buffer = instead  # type: ignore[assignment]
+
+    model = Buffered(torch.zeros(1), change)
+    model.register_buffer("buffer", torch.ones(2), persistent=persistent)
+    keys = set(model.state_dict())
+    assert AccumulatedBackward(model, loss)(*BATCH).sizes_tried == (8, 4)
+    assert model._buffers["buffer"].tolist() == [1, 1]
+    assert set(model.state_dict()) == keys
+    assert ("buffer" in keys) == persistent

@@ -329,3 +329,21 @@ def test_an_error_that_is_its_own_cause_is_classified_all_the_same() -> None:
 
     assert classify(first) is None
     release(first)
+
+
+class TooFull(RuntimeError):
+    """Its message takes memory, which its traceback holds."""
+
+    def __str__(self) -> str:
+        if self.__traceback__ is not None:
+            raise MemoryError
+        return CUDA
+
+
+def test_a_message_that_takes_memory_is_read_while_the_error_is_handled() -> None:
+    try:
+        raise TooFull
+    except TooFull as error:
+        verdict = classify(error)
+    assert verdict is not None
+    assert verdict.bytes_requested == 2 * GIB

@@ -54,7 +54,11 @@ class Lookahead(torch.optim.Optimizer):
                 p.copy_(slow.lerp_(p, 0.5))
 
 
-@pytest.mark.parametrize("make", [Decaying, Lookahead])
+# As those of `torch.distributed.optim`, which keep another one too.
+Inside = type("Inside", (Lookahead,), {"__module__": "torch.distributed.optim.inside"})
+
+
+@pytest.mark.parametrize("make", [Decaying, Lookahead, Inside])
 def test_failing_at_any_operation_changes_no_bit(
     make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
 ) -> None:

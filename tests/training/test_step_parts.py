@@ -20,6 +20,7 @@ from bs_optuna.training import Budget
 from bs_optuna.training import GuardedStep
 from bs_optuna.training import TrainingObjective
 from bs_optuna.training import TrainingTask
+from bs_optuna.training.step_parts import steps_in_place
 
 
 SECOND = 3  # elements of the second group's parameter, by which it is known
@@ -276,3 +277,32 @@ def test_a_compiled_step_is_undone(name: str) -> None:
     run.optimizer.register_step_post_hook(torch.compiler.disable(hook))
     run.train(1)
     assert_equal(run.state()[0], expected.state()[0])
+
+
+def test_groups_that_can_be_captured_are_copied() -> None:
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))], fused=True)
+    assert steps_in_place(optimizer)
+    optimizer.param_groups[0]["capturable"] = True
+    assert not steps_in_place(optimizer)
+
+
+def test_what_cannot_be_gone_on_with_steps_fused_all_the_same() -> None:
+    parameters = [nn.Parameter(torch.ones(3, dtype=d)) for d in (torch.float32, torch.float64)]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    step = GuardedStep(optimizer)
+    seen: list[Any] = []
+
+    class Watching(FailingAt):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    for number in range(2):
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        seen.clear()
+        with Watching(None):
+            step()
+        assert sum("_fused_adamw_" in name for name in seen) == 2, number
