@@ -109,7 +109,7 @@ _BYTES = re.compile(
 _UNITS = {"b": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50, "E": 2**60}
 
 
-_refused = 0
+_refused = 0  # times that CUDA's allocator had when somebody last asked
 
 
 def classify(error: BaseException) -> OutOfMemory | None:
@@ -183,8 +183,9 @@ def _find(error: BaseException | None, seen: frozenset[int]) -> OutOfMemory | No
     if own is not None:
         return own
     inner = getattr(error, "inner_exception", None)  # of what failed in torch.compile
-    if isinstance(inner, BaseException) or error.__cause__ is not None:
-        return _find(inner or error.__cause__, seen)
+    cause = inner if isinstance(inner, BaseException) else error.__cause__
+    if cause is not None:
+        return _find(cause, seen)
     if type(error) is RuntimeError and not error.__suppress_context__:
         return _find(error.__context__, seen)
     return None

@@ -205,12 +205,12 @@ class GuardedStep:
         if self._scaler is None and not is_compiled(optimizer):
             fuses = self._ranks is None and steps_fused(optimizer)
             in_place = fuses or steps_in_place(optimizer)
-            ready = has_its_state(optimizer, parameters) and groups_alike(optimizer)
+            ready = in_place and has_its_state(optimizer, parameters) and groups_alike(optimizer)
             # The state of a later part is created when the first has already been stepped.
-            by_groups = in_place and (ready or len(parts_of(optimizer)) <= 1)
+            by_groups = ready or (in_place and len(parts_of(optimizer)) <= 1)
             if by_groups or fuses:
                 groups = self._groups = StepGroups(optimizer, fuse=fuses, noted=by_groups)
-            if by_groups and ready:
+            if ready:
                 return lambda on_host: CounterSnapshot(optimizer, groups.done)
             if by_groups:
                 return partial(OptimizerSnapshot, optimizer, parameters, groups.done)
