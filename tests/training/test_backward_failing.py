@@ -177,9 +177,8 @@ def test_modules_that_join_later_are_named_when_a_step_is_undone() -> None:
         backward(*images())
 
 
-def test_of_several_ranks_too_one_tells_the_others_of_what_joined_late() -> None:
-    model = nn.Linear(2, 3)
-    before = StepSnapshot(
+def snapshot_of(model: nn.Module) -> StepSnapshot:
+    return StepSnapshot(
         [model],
         [*model.parameters()],
         images(),
@@ -187,6 +186,11 @@ def test_of_several_ranks_too_one_tells_the_others_of_what_joined_late() -> None
         device_types=(),
         foreign=False,
     )
+
+
+def test_of_several_ranks_too_one_tells_the_others_of_what_joined_late() -> None:
+    model = nn.Linear(2, 3)
+    before = snapshot_of(model)
     model.late = nn.BatchNorm1d(3)
     attempt = Attempt(plan=AccumulationPlan(4, 4), before=before)
     attempt.judge(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB."))
@@ -198,14 +202,7 @@ def test_of_several_ranks_one_tells_the_others_of_what_cannot_be_put_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = nn.Linear(2, 3)
-    before = StepSnapshot(
-        [model],
-        [*model.parameters()],
-        images(),
-        buffers=BufferCopies([model]),
-        device_types=(),
-        foreign=False,
-    )
+    before = snapshot_of(model)
 
     def lost() -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
