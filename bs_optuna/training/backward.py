@@ -228,13 +228,7 @@ class AccumulatedBackward:
             outcome = self._attempt(plan, batch)
             if isinstance(outcome, torch.Tensor):
                 self._limit.succeeded(plan)
-                return BackwardResult(
-                    loss=outcome,
-                    batch_size=plan.batch_size,
-                    microbatch_size=plan.microbatch_size,
-                    accumulation_steps=plan.accumulation_steps,
-                    sizes_tried=tuple(tried),
-                )
+                return BackwardResult.of(plan, outcome, tried)
             empty_caches()
             self.lost.add(began)
             if give_up_onednn(outcome):

@@ -33,6 +33,20 @@ from bs_optuna.training.task import TrainingTask
 _logger = logging.getLogger(__name__)
 
 
+SMALLEST_EVALUATION_BATCH = 256
+
+
+def largest_piece(microbatch_size: int, fitting: int | None) -> int:
+    """Samples in a piece to begin with: twice those of a microbatch, and of a small one more.
+
+    Args:
+        microbatch_size: Samples in a microbatch of training.
+        fitting: Most that are thought to fit; None where nothing is known.
+    """
+    pieces = max(2 * microbatch_size, SMALLEST_EVALUATION_BATCH)
+    return pieces if fitting is None else max(1, min(pieces, fitting))
+
+
 class Evaluation:
     """Evaluates a model; halves its pieces when memory runs out, and leaves training's alone.
 

@@ -18,6 +18,7 @@ from bs_optuna.training.data import Data
 from bs_optuna.training.data import length
 from bs_optuna.training.data import training_batches
 from bs_optuna.training.evaluation import Evaluation
+from bs_optuna.training.evaluation import largest_piece
 from bs_optuna.training.learner import Learner
 from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.lost import Lost
@@ -38,7 +39,6 @@ from bs_optuna.training.unusable import check_values
 
 # On accelerators reading a loss waits for the device; every so many steps is soon enough.
 STEPS_BETWEEN_CHECKS = 16
-SMALLEST_EVALUATION_BATCH = 256
 # Attributes of a run that say how far it is; the rest follows from the settings.
 _PROGRESS = (
     "samples", "steps", "failed_sizes", "_evaluated", "_training_seconds", "_step_progress"
@@ -213,9 +213,7 @@ class TrainingRun:
         # Of a budget in seconds the first step is not known; it is taken for the whole warmup.
         self._step_progress = 1.0 / self._total if self._total else self.warmup
         self._backward = self._make_backward()
-        pieces = max(2 * self.microbatch_size, SMALLEST_EVALUATION_BATCH)
-        if self.settings.evaluation_batch_size is not None:
-            pieces = max(1, min(pieces, self.settings.evaluation_batch_size))
+        pieces = largest_piece(self.microbatch_size, self.settings.evaluation_batch_size)
         self._evaluation = Evaluation(self._learner.task, batch_size=pieces)
         self._losses = [self._backward.lost, self._guarded_step.lost, self._evaluation.lost]
 

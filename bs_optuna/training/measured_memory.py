@@ -23,10 +23,10 @@ from bs_optuna.training.data import bytes_per_sample
 from bs_optuna.training.data import evaluation_batches
 from bs_optuna.training.data import first_samples
 from bs_optuna.training.data import length
+from bs_optuna.training.evaluation import largest_piece
 from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.limit_environment import is_prepared
 from bs_optuna.training.live_storages import LiveStorages
-from bs_optuna.training.loop import SMALLEST_EVALUATION_BATCH
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import release
 from bs_optuna.training.peak_memory import PeakMemory
@@ -108,7 +108,7 @@ class MeasuredMemory:
         a step on fake tensors takes one or more.
         """
         task = self._task
-        pieces = max(2 * batch_size, SMALLEST_EVALUATION_BATCH)
+        pieces = largest_piece(batch_size, None)
         evaluated = bytes_per_sample(task.valid_data, self._device)
         larger = max(1.0, evaluated / max(1, self._sample_bytes))
         most = max(batch_size, int(min(pieces, length(task.valid_data)) * larger**2))

@@ -52,6 +52,17 @@ class BackwardResult:
     accumulation_steps: int
     sizes_tried: tuple[int, ...]
 
+    @classmethod
+    def of(cls, plan: Plan, loss: torch.Tensor, tried: Sequence[int]) -> BackwardResult:
+        """Of a plan that has run after others were tried."""
+        return cls(
+            loss=loss,
+            batch_size=plan.batch_size,
+            microbatch_size=plan.microbatch_size,
+            accumulation_steps=plan.accumulation_steps,
+            sizes_tried=tuple(tried),
+        )
+
     @property
     def backoffs(self) -> int:
         """How often a smaller microbatch was tried in this call."""

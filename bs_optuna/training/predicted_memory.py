@@ -12,9 +12,9 @@ from functools import partial
 import torch
 
 from bs_optuna.errors import UntraceableError
+from bs_optuna.training.evaluation import largest_piece
 from bs_optuna.training.fake_leftovers import no_fake_tensors_left
 from bs_optuna.training.limit import MemoryLimit
-from bs_optuna.training.loop import SMALLEST_EVALUATION_BATCH
 from bs_optuna.training.measured_memory import MeasuredMemory
 from bs_optuna.training.memory_probe import MemoryProbe
 from bs_optuna.training.memory_probe import usable_bytes
@@ -171,7 +171,7 @@ class PredictedMemory:
         if (probe := self._followed()) is None:
             return FittingSizes()
         microbatch: int | None = None
-        pieces = max(2 * batch_size, SMALLEST_EVALUATION_BATCH)
+        pieces = largest_piece(batch_size, None)
         try:
             with self._predicting():
                 fitting = probe.largest_fitting(available_bytes, batch_size=batch_size)
