@@ -31,7 +31,7 @@ _CachedFunction = type(functools.lru_cache(lambda: None))
 # Not what inherits from them: it may do anything, such as import what it holds.
 _CONTAINERS = (dict, OrderedDict, defaultdict, list)
 _DEPTH = 3  # to which they are looked into
-_LONGEST = 10_000  # of them; what is longer is data, and no cache
+_LONGEST = 1_000  # of them; what is longer before a training is data, and no cache
 # Most modules are of these, which keep no tensors of a task.
 _OTHERS = sys.stdlib_module_names | {
     *("bs_optuna", "matplotlib", "numpy", "optuna", "optuna_dashboard", "optree", "pydantic"),
