@@ -249,7 +249,9 @@ def test_the_fastest_microbatch_is_measured_and_used(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot limit a CPU's memory")
 def test_a_limit_too_small_for_one_sample_ends_the_study_early(tmp_path: Path) -> None:
-    run = tune(tmp_path, str(WIDE_TASK), "--memory-limit", "1MiB", *SHORT)
+    larger = tmp_path / "larger_task.py"  # whose samples take about 4 MB
+    larger.write_text(WIDE_TASK.read_text().replace("32, 32", "64, 64"))
+    run = tune(tmp_path, str(larger), "--memory-limit", "1MiB", *SHORT)
     assert run.returncode == 1, run.stderr
     assert "nothing to recommend" in run.stdout
     assert "did not fit into memory; raise --memory-limit, now 1MiB" in run.stdout
