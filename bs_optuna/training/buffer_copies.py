@@ -52,7 +52,7 @@ class SavedBuffer:
         return strided and self.buffer.nbytes >= LARGE_BYTES
 
     def has_changed(self) -> bool:
-        """Whether a pass has changed it, as far as that can be told without values."""
+        """Whether a pass has changed it, as far as its copy or that count tells."""
         if self.module._buffers.get(self.name) is not self.buffer:
             return True
         if self.copy is None:

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from contextlib import suppress
 from dataclasses import is_dataclass
+from pathlib import Path
+from types import CellType
 from types import FunctionType
 from types import MethodType
 from types import ModuleType
@@ -32,11 +34,12 @@ _CachedFunction = type(functools.lru_cache(lambda: None))
 _CONTAINERS = (dict, OrderedDict, defaultdict, list)
 _DEPTH = 3  # to which they are looked into
 _LONGEST = 1_000  # of them; what is longer before a training is data, and no cache
-# Most modules are of these, which keep no tensors of a task.
-_OTHERS = sys.stdlib_module_names | {
+# Most modules are of these and the standard library, which keep no tensors of a task.
+_LIBRARIES = frozenset({
     *("bs_optuna", "matplotlib", "numpy", "optuna", "optuna_dashboard", "optree", "pydantic"),
     *("rich", "scipy", "sklearn", "sqlalchemy", "torch"),
-}
+})  # fmt: skip
+_STANDARD = str(Path(functools.__file__).parent)
 
 
 def own_copy(function: _Function, memo: dict[int, Any]) -> _Function:
@@ -66,20 +69,28 @@ def no_fake_tensors_left(functions: Iterable[object]) -> Iterator[None]:
     not of what it was told to leave alone (`gc.freeze`).
 
     Args:
-        functions: Of the task; if they are methods their objects are looked at too.
+        functions: Of the task; the objects of methods, and what others have closed over, are looked
+            at too.
     """
     methods = [f.__self__ for f in functions if isinstance(f, MethodType)]
     names = {id(owner): (owner, dict(found)) for owner, found in _owners(methods)}
     containers: dict[int, tuple[Any, Any]] = {}
+    cells = [found for function in functions for found in _cells(function)]
     for _, found in names.values():
         for thing in found.values():
             _keep(thing, containers)
+    for function in functions:
+        _keep(function, containers)
     try:
         yield
     finally:
         for container, kept in containers.values():
             if any(map(_holds_fake, _new(container, kept))):
                 _put_back(container, kept)
+        for cell, kept in cells:
+            with suppress(ValueError):  # it is empty by now
+                if cell.cell_contents is not kept and _holds_fake(cell.cell_contents):
+                    cell.cell_contents = kept
         for owner, current in _owners(methods):
             before = names[id(owner)][1] if id(owner) in names else {}
             for name, thing in list(current.items()):
@@ -90,15 +101,24 @@ def _keep(thing: Any, containers: dict[int, tuple[Any, Any]], *, depth: int = _D
     """Notes what dictionaries and lists hold, those within them too."""
     kind = type(thing)
     if kind is FunctionType:
-        for cell in thing.__closure__ or ():
-            with suppress(ValueError):  # it is empty
-                if type(cell.cell_contents) in _CONTAINERS:
-                    _keep(cell.cell_contents, containers)
+        for _, contents in _cells(thing):
+            if type(contents) in _CONTAINERS:
+                _keep(contents, containers)
     elif kind in _CONTAINERS and len(thing) <= _LONGEST and id(thing) not in containers:
         containers[id(thing)] = (thing, list(thing) if kind is list else dict(thing))
         if depth:
             for value in list(thing if kind is list else thing.values()):
                 _keep(value, containers, depth=depth - 1)
+
+
+def _cells(function: Any) -> list[tuple[CellType, Any]]:
+    """What a plain function has closed over, as far as it has a value: cells and contents."""
+    cells = function.__closure__ or () if type(function) is FunctionType else ()
+    found: list[tuple[CellType, Any]] = []
+    for cell in cells:
+        with suppress(ValueError):  # it is empty
+            found.append((cell, cell.cell_contents))
+    return found
 
 
 def _new(container: Any, kept: Any) -> list[Any]:
@@ -132,17 +152,27 @@ def _forget(owner: Any, name: str, thing: Any, before: Mapping[str, Any]) -> Non
 def _owners(more: Iterable[object]) -> Iterator[tuple[object, Mapping[str, Any]]]:
     """Modules in which a task's own code may keep something, their classes and objects."""
     met: set[int] = set()
+    others = _others()
     for thing in more:
-        yield from _owner(thing, met)
+        yield from _owner(thing, met, others)
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in _OTHERS or type(module) is not ModuleType:
+        if name.partition(".")[0] in others or type(module) is not ModuleType:
             continue
         yield module, vars(module)
         for thing in list(vars(module).values()):
-            yield from _owner(thing, met)
+            yield from _owner(thing, met, others)
 
 
-def _owner(thing: Any, met: set[int]) -> Iterator[tuple[object, Mapping[str, Any]]]:
+def _others() -> frozenset[str]:
+    """Names that no code of a task has; its file may be called as a module of Python's own."""
+    files = {n: getattr(sys.modules.get(n), "__file__", None) for n in sys.stdlib_module_names}
+    own = {n for n, file in files.items() if file is not None and not file.startswith(_STANDARD)}
+    return _LIBRARIES | (sys.stdlib_module_names - own)
+
+
+def _owner(
+    thing: Any, met: set[int], others: frozenset[str]
+) -> Iterator[tuple[object, Mapping[str, Any]]]:
     """The thing and its names if it is a class or an object of a module that may keep something."""
     kind = type(thing)
     is_class = issubclass(kind, type)
@@ -151,7 +181,7 @@ def _owner(thing: Any, met: set[int]) -> Iterator[tuple[object, Mapping[str, Any
     met.add(id(thing))
     # Asked in this way it is not the thing itself that answers, which may do anything.
     names = type.__dict__["__dict__"].__get__(thing if is_class else kind)
-    if str(names.get("__module__", "")).partition(".")[0] in _OTHERS:
+    if str(names.get("__module__", "")).partition(".")[0] in others:
         return
     if not is_class:
         try:

@@ -153,7 +153,8 @@ class PredictedMemory:
 
     def _predicting(self) -> AbstractContextManager[None]:
         """Around all that follows the task's code on fake tensors; real steps come between."""
-        return no_fake_tensors_left((self._task.loss, *self._task.metrics.values()))
+        task = self._task
+        return no_fake_tensors_left((task.model, task.loss, *task.metrics.values()))
 
     def _followed(self) -> MemoryProbe | None:
         """A training on fake tensors, made once; None where it cannot be followed."""

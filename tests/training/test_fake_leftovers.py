@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from typing import ClassVar
 
@@ -14,6 +17,7 @@ import torch
 from plain_task import plain_task
 from torch import nn
 
+from bs_optuna.training.fake_leftovers import _cells
 from bs_optuna.training.fake_leftovers import own_copy
 from bs_optuna.training.limit import NoLimit
 from bs_optuna.training.predicted_memory import PredictedMemory
@@ -224,6 +228,54 @@ def test_places_that_were_there_are_there_again() -> None:
     assert options["mask"] is before[2]
     assert features[1] is before[1]
     assert last is before[3]
+
+
+def test_what_the_tasks_functions_have_closed_over_is_as_before() -> None:
+    mean: Any = None
+    masks: dict[int, torch.Tensor] = {}
+
+    def build() -> nn.Module:
+        return Positioned(lambda count: masks.setdefault(count, made(count)))
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nonlocal mean
+        mean = nn.functional.cross_entropy(outputs, targets)
+        return mean
+
+    predict(model=build, loss=loss)
+    assert mean is None
+    assert masks == {}
+    assert unset() == []
+
+
+def unset() -> list[Any]:
+    """What is known of a function whose variable has no value yet."""
+
+    def function() -> int:
+        return later
+
+    if function.__name__ == "other":
+        later = 1
+    return _cells(function)
+
+
+def test_a_file_may_be_called_as_a_module_of_pythons_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "code" in sys.stdlib_module_names
+    file = tmp_path / "code.py"
+    file.write_text(
+        "import torch\nkept = {}\n"
+        "def positions(n):\n    return kept.setdefault(n, torch.arange(n).float()[:, None])\n"
+    )
+    spec = importlib.util.spec_from_file_location("code", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, "code", module)
+    predict(model=lambda: Positioned(module.positions))
+    assert module.kept == {}
 
 
 class Shy:
