@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from bs_optuna.sampling.recommend import recommend as recommend
     from bs_optuna.sampling.recommendation import Recommendation as Recommendation
     from bs_optuna.sampling.sampler import CoupledSampler as CoupledSampler
+    from bs_optuna.science.noise_scale import NoiseScale as NoiseScale
     from bs_optuna.science.prior import ScalingPrior as ScalingPrior
     from bs_optuna.science.scaling import scale_learning_rate as scale_learning_rate
     from bs_optuna.study.opening import open_study as open_study
 
 _MODULES = {
     "CoupledSampler": "sampling.sampler",
+    "NoiseScale": "science.noise_scale",
     "Recommendation": "sampling.recommendation",
     "ScalingPrior": "science.prior",
     "open_study": "study.opening",
@@ -29,6 +31,7 @@ _MODULES = {
 
 __all__ = [
     "CoupledSampler",
+    "NoiseScale",
     "Recommendation",
     "ScalingPrior",
     "open_study",

@@ -146,6 +146,8 @@ def _evidence_rows(tuning: Tuning, conclusion: Conclusion | None) -> list[tuple[
         )
     elif conclusion is not None:
         rows.append(("best of those tried", "not known: too few trials were completed; run more"))
+    if conclusion is not None and conclusion.noise_scales:
+        rows.append(("gradient noise", _noise(conclusion)))
     rows.append(("trials", _counts(tuning.study)))
     notes = _too_large(tuning.study)
     if conclusion is not None:
@@ -167,6 +169,19 @@ def _chance(study: optuna.Study, conclusion: Conclusion, evidence: Recommendatio
     return (
         f"{percent(evidence.probability_best)} likely that no other setting tried is better, by "
         "however little; near ties share the rest"
+    )
+
+
+def _noise(conclusion: Conclusion) -> str:
+    """The noise scale over the training, which is a guide to the critical batch size."""
+    scales = [
+        f"over {conclusion.noise_samples:,}" if scale is None else f"{float(f'{scale:.1g}'):,.0f}"
+        for scale in conclusion.noise_scales.values()
+    ]
+    parts = ", ".join(conclusion.noise_scales)
+    return (
+        f"scale {', '.join(scales)} samples after {parts} % of the training: batches far below it "
+        "make the most of each sample, batches far above it save hardly a step (a guide within 3x)"
     )
 
 

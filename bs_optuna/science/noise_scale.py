@@ -32,6 +32,13 @@ class NoiseReading:
     squared_gradient: float
     variance: float
 
+    @property
+    def noise_scale(self) -> float | None:
+        """B_simple in samples; None where signal cannot be told from noise."""
+        if self.squared_gradient <= 0.0 or self.variance < 0.0:
+            return None
+        return self.variance / self.squared_gradient
+
 
 def read_noise(
     *, sizes: Sequence[float], squared_norms: Sequence[float], batch_squared_norm: float
@@ -113,9 +120,21 @@ class NoiseScale:
     def value(self) -> float | None:
         """B_simple in samples; None as long as the readings do not tell signal from noise."""
         averages = self.averages
-        if averages is None or averages.squared_gradient <= 0.0 or averages.variance < 0.0:
-            return None
-        return averages.variance / averages.squared_gradient
+        return None if averages is None else averages.noise_scale
+
+
+def pooled(readings: Sequence[NoiseReading]) -> NoiseReading:
+    """Several readings of equal weight as one: means of signal and noise, to be divided after that.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if not readings:
+        raise ConfigError("0 readings have no mean; read at least 1")
+    return NoiseReading(
+        squared_gradient=math.fsum(r.squared_gradient for r in readings) / len(readings),
+        variance=math.fsum(r.variance for r in readings) / len(readings),
+    )
 
 
 def adascale_gain(noise_scale: float, *, from_batch_size: float, to_batch_size: float) -> float:

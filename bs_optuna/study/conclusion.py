@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import replace
@@ -16,8 +17,11 @@ from bs_optuna.errors import TrainingError
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.recommend import recommend
 from bs_optuna.sampling.recommendation import Recommendation
+from bs_optuna.science.noise_scale import NoiseReading
+from bs_optuna.science.noise_scale import pooled
 from bs_optuna.study.blame import named_errors
 from bs_optuna.study.tuning import Tuning
+from bs_optuna.training.final_run import FinalRun
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
@@ -42,6 +46,9 @@ class Conclusion:
         valid: Validation loss and metrics, by name, one value per final run that succeeded.
         test: Likewise on the test data.
         failed: Final runs that diverged or ran out of memory.
+        noise_scales: Gradient noise scale in samples, over all final runs, by the part of the run,
+            in hundredths, after which it was read; None where it is more than can be told.
+        noise_samples: Samples that each of them was read from.
     """
 
     batch_size: int
@@ -53,6 +60,8 @@ class Conclusion:
     valid: dict[str, list[float]]
     test: dict[str, list[float]]
     failed: int
+    noise_scales: dict[str, float | None]  # JSON has no other keys
+    noise_samples: int
 
 
 def conclude(tuning: Tuning, *, final_runs: int) -> Conclusion | None:
@@ -75,8 +84,7 @@ def conclude(tuning: Tuning, *, final_runs: int) -> Conclusion | None:
     if trial is None:
         tuning.study.set_user_attr(attributes.RECOMMENDATION, {"trials": tuning.finished})
         return None
-    scores: dict[str, dict[str, list[float]]] = {"valid": {}, "test": {}}
-    failed = 0
+    runs: list[FinalRun] = []
     for k in range(final_runs):
         try:
             with named_errors(f"final run {k + 1} of trial {trial.number}'s setting"):
@@ -91,17 +99,35 @@ def conclude(tuning: Tuning, *, final_runs: int) -> Conclusion | None:
                 raise
             release(error)
             empty_caches()
-            failed += 1
             continue
-        for part, values in run.items():
-            for name, value in values.items():
-                scores[part].setdefault(name, []).append(value)
+        runs.append(run)
     conclusion = replace(
-        _untested(trial, evidence), valid=scores["valid"], test=scores["test"], failed=failed
+        _untested(trial, evidence),
+        valid=_by_name([run.valid for run in runs]),
+        test=_by_name([run.test for run in runs]),
+        failed=final_runs - len(runs),
+        **_noise(runs),
     )
     stored = {**_plain(asdict(conclusion)), "trials": tuning.finished}
     tuning.study.set_user_attr(attributes.RECOMMENDATION, stored)
     return conclusion
+
+
+def _by_name(scores: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    names = dict.fromkeys(name for values in scores for name in values)
+    return {name: [values[name] for values in scores if name in values] for name in names}
+
+
+def _noise(runs: Sequence[FinalRun]) -> dict[str, Any]:
+    readings: dict[int, list[NoiseReading]] = {}
+    for run in runs:
+        for part, reading in run.noise.items():
+            readings.setdefault(part, []).append(reading)
+    samples = sum(run.noise_samples for run in runs)
+    scales = {str(part): pooled(found).noise_scale for part, found in sorted(readings.items())}
+    # A signal that is less than the noise of all samples together may be nothing but that.
+    told = {part: None if s is None or s > samples else s for part, s in scales.items()}
+    return {"noise_scales": told, "noise_samples": samples}
 
 
 def as_found(tuning: Tuning) -> Conclusion | None:
@@ -117,7 +143,8 @@ def as_found(tuning: Tuning) -> Conclusion | None:
     stored = tuning.study.user_attrs.get(attributes.RECOMMENDATION, {})
     if any(stored.get(name) != getattr(found, name) for name in ("batch_size", "learning_rate")):
         return found
-    return replace(found, **{name: stored[name] for name in ("valid", "test", "failed")})
+    tested = ("valid", "test", "failed", "noise_scales", "noise_samples")
+    return replace(found, **{name: stored[name] for name in tested if name in stored})
 
 
 def _untested(trial: optuna.trial.FrozenTrial, evidence: Recommendation | None) -> Conclusion:
@@ -132,6 +159,8 @@ def _untested(trial: optuna.trial.FrozenTrial, evidence: Recommendation | None) 
         valid={},
         test={},
         failed=0,
+        noise_scales={},
+        noise_samples=0,
     )
 
 

@@ -6,6 +6,7 @@ from numbers import Integral
 
 from torch import nn
 
+from bs_optuna.science.noise_scale import NoiseScale
 from bs_optuna.training.ranks import refuse_wrapped
 
 
@@ -41,6 +42,24 @@ def check_sizes(microbatch_size: object, microbatch_tokens: int | None) -> None:
             f"microbatch_size={microbatch_size} and microbatch_tokens={microbatch_tokens}; "
             "give one of them."
         )
+
+
+def check_noise_scale(noise_scale: object, reduction: str, process_group: object) -> None:
+    """Refuses to measure the noise scale where that is not known how.
+
+    Raises:
+        TypeError: It is no `NoiseScale`.
+        ValueError: Losses are sums, whose gradients grow with the microbatch, or other ranks hold
+            a part of the batch.
+    """
+    if noise_scale is None:
+        return
+    if not isinstance(noise_scale, NoiseScale):
+        raise TypeError(f"noise_scale={noise_scale!r:.60}; must be a bs_optuna.NoiseScale().")
+    if reduction == "sum":
+        raise ValueError("noise_scale and reduction='sum'; needs a loss that is a mean.")
+    if process_group is not None:
+        raise ValueError("noise_scale and process_group; measure it on one rank by itself.")
 
 
 def check_loss(loss_fn: object, reduction: str) -> None:

@@ -16,10 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from bs_optuna.science.noise_scale import NoiseScale
 from bs_optuna.science.regrowth import MicrobatchLimit
 from bs_optuna.science.regrowth import Smaller
 from bs_optuna.training.arguments import check_loss
 from bs_optuna.training.arguments import check_model
+from bs_optuna.training.arguments import check_noise_scale
 from bs_optuna.training.arguments import check_sizes
 from bs_optuna.training.batches import Batch
 from bs_optuna.training.batches import plain
@@ -29,6 +31,7 @@ from bs_optuna.training.cutting import Cutting
 from bs_optuna.training.cutting import Lengths
 from bs_optuna.training.cutting import Plan
 from bs_optuna.training.cutting import Trim
+from bs_optuna.training.gradient_norms import GradientNorms
 from bs_optuna.training.lost import Lost
 from bs_optuna.training.normalization import needs_two_samples
 from bs_optuna.training.normalization import warn_of_split
@@ -107,6 +110,9 @@ class AccumulatedBackward:
             never tries.
         smaller: Asked after each attempt that ran out of memory, as ``smaller(failed, half)``, for
             the size to go on with, at most ``half``; None halves. Not with ``process_group``.
+        noise_scale: Takes in what each batch in several microbatches says of the gradient's noise,
+            see `NoiseScale`; nothing is copied for it. A BatchNorm in training mode leaves nothing
+            to read. Not with ``reduction="sum"`` or ``process_group``.
         process_group: Trains on several ranks, such as ``dist.group.WORLD``: each calls with its
             own part of the batch, and all end with the gradient of the whole. Where one runs out
             of memory all do the step again; they shrink and grow back together. Give each the
@@ -141,6 +147,7 @@ class AccumulatedBackward:
         trim: Trim | None = None,
         regrow_after: int | None = 64,
         smaller: Smaller | None = None,
+        noise_scale: NoiseScale | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         check_model(model)
@@ -150,6 +157,7 @@ class AccumulatedBackward:
             raise ValueError(f"batch_norm={batch_norm!r}; must be 'microbatch' or 'exact'.")
         if smaller is not None and process_group is not None:
             raise ValueError("smaller and process_group; give one: ranks agree among themselves.")
+        check_noise_scale(noise_scale, reduction, process_group)
         self.lost = Lost()
         self._modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
         self._cutting = Cutting(
@@ -173,6 +181,10 @@ class AccumulatedBackward:
         if scaler is not None:
             # It makes its tensors in the first use, and one that failed there stays half made.
             scaler.scale(torch.zeros((), device=device_of(*self._modules)))
+        self._noise_scale = noise_scale
+        self._norms: GradientNorms | None = None
+        if noise_scale is not None:
+            self._norms = GradientNorms(self._modules, self._parameters, scaler=scaler)
         self._pass = WeightedPass(
             model,
             loss_fn,
@@ -180,6 +192,7 @@ class AccumulatedBackward:
             scaler=scaler,
             autocast_dtype=autocast_dtype,
             exact=self._modules if batch_norm == "exact" else (),
+            norms=self._norms,
         )
         self._shared: SharedPass | None = None
         if process_group is not None:
@@ -249,13 +262,17 @@ class AccumulatedBackward:
         try:
             before = self._snapshot(batch)
             with working_onednn():
+                split = plan.accumulation_steps > 1
                 microbatches = self._cutting.microbatches(plan, batch)[0]
-                loss = self._pass(microbatches, before, split=plan.accumulation_steps > 1)
+                loss = self._pass(microbatches, before, split=split)
+                reading = self._norms.reading(plan.batch_size) if self._norms and split else None
             before.commit()
         except BaseException as error:
             failed = error
         else:
             before.finish()
+            if reading is not None and self._noise_scale is not None:
+                self._noise_scale.add(reading)
             return loss
         # Outside the except block: inside, its traceback would keep the activations alive.
         verdict = classify(failed)

@@ -34,8 +34,9 @@ class Learner:
     Attributes:
         task: With a loss of its own if that is a module, which may hold weights or parameters.
         model: In training mode.
-        parameters: Of the model and the loss.
-        optimizer: Of these, at the peak learning rate.
+        modules: What is trained: the model, and the loss if it is a module.
+        parameters: Of these.
+        optimizer: Of the parameters, at the peak learning rate.
         schedule: Of its learning rates.
     """
 
@@ -55,8 +56,8 @@ class Learner:
             if isinstance(task.loss, nn.Module):
                 self.task = replace(task, loss=copy.deepcopy(task.loss).to(device))
         self.model.train()
-        self._modules = [m for m in (self.model, self.task.loss) if isinstance(m, nn.Module)]
-        self.parameters = parameters_of(self._modules)
+        self.modules = [m for m in (self.model, self.task.loss) if isinstance(m, nn.Module)]
+        self.parameters = parameters_of(self.modules)
         make_optimizer = optimizer_factory(task.optimizer)
         self.optimizer = make_optimizer(self.parameters, settings.learning_rate)
         total = settings.budget.steps(settings.batch_size)
@@ -70,7 +71,7 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """The state of modules, optimizer and every random generator, not copied."""
         return {
-            "modules": [module.state_dict() for module in self._modules],
+            "modules": [module.state_dict() for module in self.modules],
             "optimizer": self.optimizer.state_dict(),
             "random": random_states(self._device),
         }
@@ -83,7 +84,7 @@ class Learner:
             loaded.
         """
         try:
-            for module, stored in zip(self._modules, state["modules"], strict=True):
+            for module, stored in zip(self.modules, state["modules"], strict=True):
                 module.load_state_dict(stored)
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:

@@ -12,6 +12,7 @@ import torch
 
 from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.science.accumulation import AccumulationPlan
+from bs_optuna.science.noise_scale import NoiseReading
 from bs_optuna.training.backward import AccumulatedBackward
 from bs_optuna.training.checkpoint import CheckpointFile
 from bs_optuna.training.data import Data
@@ -24,7 +25,9 @@ from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.lost import Lost
 from bs_optuna.training.lost import check_thrashing
 from bs_optuna.training.microbatch_unit import MicrobatchUnit
+from bs_optuna.training.noise_probe import read_gradient_noise
 from bs_optuna.training.peak_memory import PeakMemory
+from bs_optuna.training.random_states import kept_random_states
 from bs_optuna.training.random_states import restore_random_states
 from bs_optuna.training.run_settings import RunSettings
 from bs_optuna.training.rungs import Checkpoint
@@ -121,6 +124,13 @@ class TrainingRun:
         return 0.0 if self._begin is None else time.perf_counter() - self._begin
 
     @property
+    def progress(self) -> float:
+        """Part of the budget that is used up, about 1 at the end."""
+        if self._total is None:
+            return self._training_seconds / self.settings.budget.amount
+        return self.steps / self._total
+
+    @property
     def lost(self) -> Lost:
         """What running out of memory has cost so far."""
         return sum(self._losses, Lost())
@@ -159,9 +169,9 @@ class TrainingRun:
         for k, rung in enumerate(points):
             last = k + 1 == len(points)
             if k not in self._evaluated:
-                while self._progress() < rung.progress:
+                while self.progress < rung.progress:
                     self._step(batches)
-                if not last and self._progress() >= points[k + 1].progress:
+                if not last and self.progress >= points[k + 1].progress:
                     continue  # one large step has passed several rungs: the last of them counts
                 data = self._task.valid_data
                 self._evaluating(min(self._evaluation.batch_size, length(data)))
@@ -172,7 +182,7 @@ class TrainingRun:
                 if not last:
                     self._save()
             self.values = self._evaluated[k]
-            yield Checkpoint(rung.resource, self.values, last=last)
+            yield Checkpoint(rung.progress, rung.resource, self.values, last=last)
 
     def evaluate(self, data: Data) -> dict[str, float]:
         """Mean loss and metrics of the model as it is now.
@@ -184,6 +194,19 @@ class TrainingRun:
         if self._evaluation.lost.attempts or self.settings.evaluation_killed:
             self.evaluation_fits = self._evaluation.batch_size
         return values
+
+    def gradient_noise(self, samples: int) -> NoiseReading | None:
+        """What so many training samples say of the gradient's noise as the model is now.
+
+        Returns:
+            None if memory ran out over it, or they cannot be cut.
+        """
+        data, seed = self._task.train_data, self.settings.seed + self.steps
+        with kept_random_states(self._device):  # which a data set may draw from
+            batch = next(training_batches(data, batch_size=samples, seed=seed))
+            with self._limit.active():
+                fits = self.fits or self.microbatch_size
+                return read_gradient_noise(self._learner, batch, microbatch_size=fits)
 
     def _save(self) -> None:
         if self._file is not None:
@@ -240,16 +263,11 @@ class TrainingRun:
         with self._limit.lifted():
             return unit.limit(self._search.smaller(unit.size(failed), wanted))
 
-    def _progress(self) -> float:
-        if self._total is None:
-            return self._training_seconds / self.settings.budget.amount
-        return self.steps / self._total
-
     def _step(self, batches: Iterator[tuple[Any, Any]]) -> None:
         begin, settings = time.perf_counter(), self.settings
         inputs, targets = next(batches)
         # The middle of the step, so that neither the first nor the last one is lost to a rate of 0.
-        self._learner.schedule.set(self._progress() + 0.5 * self._step_progress)
+        self._learner.schedule.set(self.progress + 0.5 * self._step_progress)
         self._learner.forget_gradients()
         fitted, failures = self.fits, len(self.failed_sizes)
         with self._limit.active():

@@ -75,7 +75,7 @@ def warn_of_split(
         stacklevel: As in ``warnings.warn``, seen from the caller.
     """
     parts = [part for root in modules for part in root.modules()]
-    if any(isinstance(p, (*_BATCH_NORMS, nn.SyncBatchNorm)) and p.training for p in parts):
+    if active_batch_norms(modules):
         whole = "the whole batch" if batch_size is None else f"the batch of {batch_size}"
         warnings.warn(
             f"BatchNorm normalizes each microbatch of {microbatch_size} samples by its "
@@ -90,6 +90,13 @@ def warn_of_split(
             f"{microbatch_size} samples; pass batch_norm='exact' for once a batch.",
             stacklevel=stacklevel + 1,
         )
+
+
+def active_batch_norms(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Every BatchNorm in training mode, where each sample's gradient depends on the others."""
+    kinds = (*_BATCH_NORMS, nn.SyncBatchNorm)
+    parts = [part for root in modules for part in root.modules()]
+    return [part for part in parts if isinstance(part, kinds) and part.training]
 
 
 def needs_two_samples(error: BaseException) -> bool:

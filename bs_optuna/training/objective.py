@@ -20,6 +20,8 @@ from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import mark_memory
 from bs_optuna.training.attempt import Attempt
 from bs_optuna.training.budget import Budget
+from bs_optuna.training.final_run import FinalRun
+from bs_optuna.training.final_run import train_final
 from bs_optuna.training.known_sizes import KnownSizes
 from bs_optuna.training.known_sizes import learned
 from bs_optuna.training.loop import TrainingRun
@@ -191,7 +193,7 @@ class TrainingObjective:
 
     def confirm(
         self, batch_size: int, learning_rate: float, *, seed: int, study: optuna.Study
-    ) -> dict[str, dict[str, float]]:
+    ) -> FinalRun:
         """Trains once more with given settings and evaluates on test data too.
 
         Args:
@@ -200,19 +202,13 @@ class TrainingObjective:
             seed: One that no trial had.
             study: Knows which microbatch sizes fit.
 
-        Returns:
-            ``{"valid": {...}, "test": {...}}``, each with ``"loss"`` and every metric; ``"test"``
-            is empty if the task has no test data.
-
         Raises:
             DivergedError: The loss is not finite.
             MicrobatchDoesNotFitError: A single sample does not fit.
         """
         run = self._run(batch_size, learning_rate, seed, self._memory.known(study, batch_size))
         with private_random_state(self.device):
-            *_, last = run.checkpoints()
-            test = {} if self.task.test_data is None else run.evaluate(self.task.test_data)
-        return {"valid": last.values, "test": test}
+            return train_final(run, self.task)
 
     def _run(
         self,

@@ -24,8 +24,9 @@ class Rung:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An evaluation on the validation data; see Rung for the resource."""
+    """An evaluation on the validation data; see Rung for progress and resource."""
 
+    progress: float
     resource: int | None
     values: dict[str, float]
     last: bool

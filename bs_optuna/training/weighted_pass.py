@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from bs_optuna.training.batches import Batch
 from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import moved
 from bs_optuna.training.foreign_leaves import ForeignLeaves
+from bs_optuna.training.gradient_norms import GradientNorms
 from bs_optuna.training.normalization import WholeBatchStatistics
 from bs_optuna.training.snapshot import StepSnapshot
 from bs_optuna.training.snapshot import device_of
@@ -31,6 +33,7 @@ class WeightedPass:
         scaler: Of the gradients.
         autocast_dtype: Of model and loss, if it is another than that of their parameters.
         exact: The modules whose running statistics are to be those of the whole batch.
+        norms: Measures the gradients of microbatches; None leaves them unmeasured.
 
     Attributes:
         left: Microbatches of this pass that are not done yet.
@@ -45,6 +48,7 @@ class WeightedPass:
         scaler: torch.amp.GradScaler | None,
         autocast_dtype: torch.dtype | None,
         exact: Sequence[nn.Module],
+        norms: GradientNorms | None,
     ) -> None:
         self._model = model
         self._loss_fn = loss_fn
@@ -53,6 +57,7 @@ class WeightedPass:
         self._autocast_dtype = autocast_dtype
         self._device_type = device_of(model, loss_fn).type
         self._exact = exact
+        self._norms = norms
         self._foreign = ForeignLeaves()
         self.left = 0
 
@@ -85,12 +90,15 @@ class WeightedPass:
         total: torch.Tensor | None = None
         statistics = WholeBatchStatistics(self._exact)
         trains = False
-        for weight, part in microbatches:
-            with statistics.microbatch():
-                loss = self._accumulated(weight, part, before, split=True)
-            trains |= loss.requires_grad
-            loss = widened(loss.detach()) * weight
-            total = loss if total is None else total + loss
+        with nullcontext() if self._norms is None else self._norms.watching():
+            for weight, part in microbatches:
+                if self._norms is not None:
+                    self._norms.microbatch(weight)
+                with statistics.microbatch():
+                    loss = self._accumulated(weight, part, before, split=True)
+                trains |= loss.requires_grad
+                loss = widened(loss.detach()) * weight
+                total = loss if total is None else total + loss
         statistics.write()
         assert total is not None  # there is at least one target
         if not trains:

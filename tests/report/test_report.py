@@ -22,6 +22,7 @@ from bs_optuna.report.summary import percent
 from bs_optuna.report.summary import summary
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import mark_memory
+from bs_optuna.study.conclusion import as_found
 from bs_optuna.study.conclusion import conclude
 from bs_optuna.study.tuning import Tuning
 from bs_optuna.study.tuning import prepare
@@ -58,7 +59,7 @@ def line(study: optuna.Study) -> str:
 def test_the_summary_says_what_to_use_and_how_sure_that_is(tuning: Tuning) -> None:
     conclusion = conclude(tuning, final_runs=2)
     assert conclusion is not None
-    text = shown(summary(tuning, conclusion))
+    text = " ".join(shown(summary(tuning, conclusion)).split())
     for words in (
         "batch size",
         f"{conclusion.learning_rate:.3g}",
@@ -67,11 +68,24 @@ def test_the_summary_says_what_to_use_and_how_sure_that_is(tuning: Tuning) -> No
         "samples=400: equal samples favour small batches",
         "best of those tried",
         f"optuna-dashboard {tuning.storage}",
+        "samples after 20, 40, 60, 80, 100 % of the training",
     ):
         assert words in text
     assert [len(values) for values in conclusion.test.values()] == [2, 2]
     stored = tuning.study.user_attrs["recommendation"]
     assert stored["batch_size"] == conclusion.batch_size
+    assert as_found(tuning) == conclusion
+
+
+def test_a_noise_scale_is_told_as_far_as_it_is_known(tuning: Tuning) -> None:
+    conclusion = conclude(tuning, final_runs=0)
+    assert conclusion is not None
+    assert conclusion.noise_scales == {}
+    assert "gradient noise" not in shown(summary(tuning, conclusion))
+    scales = {"50": 1234.5, "100": None}
+    found = replace(conclusion, noise_scales=scales, noise_samples=3000)
+    text = " ".join(shown(summary(tuning, found)).split())
+    assert "scale 1,000, over 3,000 samples after 50, 100 % of the training" in text
 
 
 def test_the_summary_counts_samples_that_vary_by_the_longest(tmp_path: Path) -> None:

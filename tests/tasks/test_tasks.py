@@ -54,7 +54,7 @@ def score(task: TrainingTask, budget: str, batch_size: int, rate: float) -> dict
         task, budget=Budget.parse(budget), batch_size=(8, 64), device=torch.device("cpu")
     )
     study = optuna.create_study()
-    return objective.confirm(batch_size, rate, seed=0, study=study)["test"]
+    return objective.confirm(batch_size, rate, seed=0, study=study).test
 
 
 @pytest.mark.slow

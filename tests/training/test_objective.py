@@ -275,12 +275,10 @@ def test_a_metric_can_be_what_is_maximized() -> None:
 def test_a_final_run_is_scored_on_validation_and_test_data(study: optuna.Study) -> None:
     objective = make_objective(make_task())
     scores = objective.confirm(16, 0.5, seed=9, study=study)
-    assert scores["valid"].keys() == scores["test"].keys() == {"loss", "accuracy"}
-    assert scores["valid"] != scores["test"]
-    assert (
-        make_objective(make_task(test_data=None)).confirm(16, 0.5, seed=9, study=study)["test"]
-        == {}
-    )
+    assert scores.valid.keys() == scores.test.keys() == {"loss", "accuracy"}
+    assert scores.valid != scores.test
+    untested = make_objective(make_task(test_data=None))
+    assert untested.confirm(16, 0.5, seed=9, study=study).test == {}
 
 
 @pytest.mark.parametrize(
