@@ -43,13 +43,20 @@ def _ordered(name: str, pair: Any, number: type) -> Any:
     wrong = ValueError(f"must be LOW:HIGH with 0 < LOW <= HIGH, as in {name}")
     try:
         ends = list(_pair(pair))  # type: ignore[call-overload]
-        low, high = map(number, ends)
+        low, high = (_exactly(number, end) for end in ends)
     except (TypeError, ValueError, OverflowError):
         raise wrong from None
-    exact = all(isinstance(end, str) or end == number(end) for end in ends)
-    if not (exact and 0 < low <= high < float("inf")):
+    if not 0 < low <= high < float("inf"):
         raise wrong
     return low, high
+
+
+def _exactly(number: type, value: Any) -> Any:
+    """The value as a number of that type; a ValueError if it is another one, or a boolean."""
+    found = number(value)
+    if isinstance(value, bool) or not (isinstance(value, str) or value == found):
+        raise ValueError
+    return found
 
 
 def _number(value: object) -> object:
@@ -73,8 +80,8 @@ def _reference(value: object) -> object:
     try:
         ends: Any = value.split(":") if isinstance(value, str) else value
         batch_size, learning_rate = ends
-        found = int(batch_size), float(learning_rate)
-    except (TypeError, ValueError):
+        found = _exactly(int, batch_size), _exactly(float, learning_rate)
+    except (TypeError, ValueError, OverflowError):
         found = (0, 0.0)
     if not (found[0] > 0 and 0 < found[1] < float("inf")):
         raise ValueError("must be BATCH_SIZE:LEARNING_RATE, both above 0, as in 256:3e-4")
@@ -152,7 +159,7 @@ class StudyConfig(BaseModel):
         "was found",
     )
     timeout: Annotated[float | None, BeforeValidator(_number)] = Field(
-        None, gt=0, description="start no trial after so many seconds"
+        None, gt=0, allow_inf_nan=False, description="start no trial after so many seconds"
     )
     batch_size: Annotated[tuple[int, int], BeforeValidator(_batch_sizes)] = Field(
         (16, 512), description="batch sizes to search, LOW:HIGH, or the only one"
@@ -209,12 +216,12 @@ class StudyConfig(BaseModel):
         return self.workers or int(self.isolate)
 
     def as_toml(self) -> str:
-        """The settings that differ from nothing, as a file that can be given back."""
+        """All settings that are not None, as a file that can be given back."""
         lines = []
         for name, value in self.model_dump().items():
             if value is not None:
                 text = ":".join(map(str, value)) if isinstance(value, tuple) else value
-                lines.append(f"{name} = {json.dumps(text)}")
+                lines.append(f"{name} = {json.dumps(text, ensure_ascii=False)}")
         return "\n".join(lines)
 
 

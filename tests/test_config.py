@@ -41,11 +41,11 @@ def test_what_is_shown_can_be_read(tmp_path: Path) -> None:
             "isolate": True,
             "workers": "2",
             "storage": "a.db",
-            "study": 'quo"te',
+            "study": 'quo"te \N{BAR CHART}',
         },
     )
     path = tmp_path / "shown.toml"
-    path.write_text(config.as_toml())
+    path.write_text(config.as_toml(), encoding="utf-8")
     assert make_config(path, {}) == config
 
 
@@ -74,6 +74,13 @@ def test_what_is_shown_can_be_read(tmp_path: Path) -> None:
         ({"trials": True}, "trials=true; must be a number."),
         ({"seed": "99999999999999"}, "seed=99999999999999; must be less than or equal to"),
         ({"batch_size": [16.7, 40.9]}, "batch_size=[16.7, 40.9]; must be LOW:HIGH"),
+        ({"batch_size": True}, "batch_size=true; must be LOW:HIGH"),
+        ({"lr": [True, 2]}, "lr=[true, 2]; must be LOW:HIGH"),
+        (
+            {"reference": [256.9, 1e-3]},
+            "reference=[256.9, 0.001]; must be BATCH_SIZE:LEARNING_RATE",
+        ),
+        ({"timeout": "inf"}, "timeout=inf; must be a finite number."),
         ({"study": ""}, "study=; must not be empty; leave it out for the default."),
         ({"storage": ""}, "storage=; must not be empty; leave it out for the default."),
         ({"study": "what?"}, "study=what?; must be without ?, % and #"),

@@ -20,6 +20,7 @@ from bs_optuna.training.objective import default_device
 from bs_optuna.training.predicted_memory import PART_OF_HOST
 from bs_optuna.training.predicted_memory import PredictedMemory
 from bs_optuna.training.random_states import kept_random_states
+from bs_optuna.training.run_settings import check_enough
 from bs_optuna.training.starting_sizes import as_limited
 from bs_optuna.training.starting_sizes import available_bytes
 from bs_optuna.training.task import TrainingTask
@@ -50,11 +51,13 @@ def forecast(config: StudyConfig, task: TrainingTask) -> Table:
     GPU, a few real steps may be taken, of models that are thrown away.
 
     Raises:
+        TaskError: The training data holds fewer samples than the largest batch size.
         UntraceableError: The task cannot be followed without running it, nor measured.
         ConfigError: A device that is not there, or one that does not tell its memory.
     """
     if config.optimizer is not None:
         task = replace(task, optimizer=config.optimizer)
+    check_enough(task, config.batch_size[1])
     device = device_named(config.device) or default_device()
     memory = _memory(device, config)
     measure = _can_measure(device, config.memory_limit)

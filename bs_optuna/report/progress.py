@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Literal
 
 import optuna
-from optuna.study import StudyDirection
 from optuna.trial import BaseTrial
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
@@ -117,13 +116,8 @@ def _outcome(trial: FrozenTrial) -> str:
 
 
 def _best(study: optuna.Study) -> str:
-    complete = [
-        trial
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if trial.value is not None
-    ]
-    if not complete:
+    try:
+        best = study.best_trial
+    except ValueError:  # none is complete
         return "no result yet"
-    pick = min if study.direction == StudyDirection.MINIMIZE else max
-    best = pick(complete, key=lambda trial: trial.value or 0.0)
     return f"best {best.value:.4g} (trial {best.number})"

@@ -49,9 +49,9 @@ class CoupledSampler(BaseSampler):
         prior: The optimizer's name ("sgd", "adamw", "lamb", ...) or a belief of one's own.
         batch_size: Name of the batch size in the objective.
         learning_rate: Name of the learning rate in the objective.
-        momentum: Name of the momentum, where the objective tunes it, or with "one_minus_" before it
-            that of 1 - momentum. With SGD, RMSprop and LARS the best learning rate is taken to be
-            proportional to 1 - momentum.
+        momentum: Name of the momentum, where the objective tunes it; a parameter of that name with
+            "one_minus_" before it is taken for 1 - momentum. With SGD, RMSprop and LARS the best
+            learning rate is taken to be proportional to 1 - momentum.
         weight_decay: Name of the weight decay, where the objective tunes it on a logarithmic scale.
             Its best value is taken to be proportional to the batch size and inversely to the
             learning rate (to lr / (1 - momentum), if the two go together).

@@ -31,7 +31,7 @@ class Names:
     Attributes:
         batch_size: Name of the batch size.
         learning_rate: Name of the learning rate.
-        momentum: Name of the momentum; with "one_minus_" before it, of 1 - momentum.
+        momentum: Name of the momentum; a parameter with "one_minus_" before it is 1 - momentum.
         weight_decay: Name of the weight decay.
     """
 
@@ -39,6 +39,9 @@ class Names:
     learning_rate: str = "lr"
     momentum: str = "momentum"
     weight_decay: str = "weight_decay"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "momentum", self.momentum.removeprefix(_ONE_MINUS))
 
     @property
     def one_minus_momentum(self) -> str:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import optuna
-from optuna.pruners import BasePruner
 from optuna.pruners import PercentilePruner
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
@@ -205,7 +204,11 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
         direction=task.direction,
         search_space=objective.search_space,
         sampler=CoupledSampler(prior=optimizer, reference=config.reference, seed=config.seed),
-        pruner=_Pruner(warmup=low[min(1, len(low) - 1)].resource or 0),
+        pruner=PercentilePruner(
+            PRUNED_ABOVE_PERCENTILE,
+            TRIALS_BEFORE_PRUNING,
+            n_warmup_steps=low[min(1, len(low) - 1)].resource or 0,
+        ),
     )
     experiment = {
         "task": Path(config.task).name,
@@ -225,22 +228,6 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
 def storage_of(config: StudyConfig, task: TrainingTask) -> str:
     """The storage that the settings name, or the file of the study."""
     return config.storage or f"sqlite:///studies/{config.study or task.name}.db"
-
-
-class _Pruner(BasePruner):
-    """Optuna's pruner, asked only where it may prune: it reads all trials first.
-
-    Args:
-        warmup: No trial is pruned before it reports at this resource.
-    """
-
-    def __init__(self, *, warmup: int) -> None:
-        self._pruner = PercentilePruner(PRUNED_ABOVE_PERCENTILE, TRIALS_BEFORE_PRUNING)
-        self._warmup = warmup
-
-    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
-        step = trial.last_step
-        return step is not None and step >= self._warmup and self._pruner.prune(study, trial)
 
 
 def _check_reference(config: StudyConfig, rates: tuple[float, float]) -> None:

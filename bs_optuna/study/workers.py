@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable
 from collections.abc import Collection
@@ -81,6 +82,9 @@ def _whole() -> Iterator[None]:
     In this one it may still arrive by another thread, such as one of BLAS, that does not block it;
     so it is noted, where ignoring it would lose it.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no signal is heard here
+        return
     resource_tracker.ensure_running()  # its start would unblock the signal
     noted: list[int] = []
     # In this order, and back in the opposite one: one that comes in between raises nothing that

@@ -37,6 +37,7 @@ from bs_optuna.training.normalization import needs_two_samples
 from bs_optuna.training.normalization import warn_of_split
 from bs_optuna.training.onednn import give_up_onednn
 from bs_optuna.training.onednn import working_onednn
+from bs_optuna.training.oom import BATCH_NORM
 from bs_optuna.training.oom import OutOfMemory
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import does_not_fit
@@ -277,7 +278,7 @@ class AccumulatedBackward:
         # Outside the except block: inside, its traceback would keep the activations alive.
         verdict = classify(failed)
         if verdict is None and plan.accumulation_steps > 1 and needs_two_samples(failed):
-            verdict = OutOfMemory("batch normalization", None, False, str(failed))
+            verdict = OutOfMemory(BATCH_NORM, None, False, str(failed))
         if verdict is not None:
             release(failed)
         if verdict is None:

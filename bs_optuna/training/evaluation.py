@@ -152,6 +152,11 @@ class Evaluation:
                     count=count,
                     device=device,
                 )
+        if total == 0:
+            raise TaskError(
+                "count is 0 for all of the data that is evaluated, which then has no mean loss; "
+                "must be positive for some of it."
+            )
         return {name: value / total for name, value in sums.items()}
 
 

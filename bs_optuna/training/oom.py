@@ -21,6 +21,10 @@ from bs_optuna.errors import MicrobatchDoesNotFitError
 from bs_optuna.errors import StepDoesNotFitError
 
 
+# The kind of what a smaller microbatch cannot help: its single sample, which BatchNorm refuses.
+BATCH_NORM = "batch normalization"
+
+
 @dataclass(frozen=True)
 class OutOfMemory:
     """The verdict on an error that means "not enough memory".
@@ -276,7 +280,7 @@ def does_not_fit(verdict: OutOfMemory, tried: list[int], setting: str) -> Microb
         tried: What the largest microbatch of each attempt held.
         setting: The name of what limits a microbatch.
     """
-    if verdict.kind == "batch normalization":
+    if verdict.kind == BATCH_NORM:
         after = f" after {', '.join(map(str, tried[:-1]))} ran out of memory" if tried[1:] else ""
         return MicrobatchDoesNotFitError(
             f"BatchNorm cannot take the single sample that {setting}={tried[-1]} leaves by itself"

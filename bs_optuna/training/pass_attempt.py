@@ -22,6 +22,7 @@ from bs_optuna.training.batches import Batch
 from bs_optuna.training.cutting import Plan
 from bs_optuna.training.normalization import needs_two_samples
 from bs_optuna.training.onednn import give_up_onednn
+from bs_optuna.training.oom import BATCH_NORM
 from bs_optuna.training.oom import OutOfMemory
 from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import does_not_fit
@@ -76,8 +77,9 @@ class Outcome(IntEnum):
     AGAIN = 1  # it ran out of memory, and what failed will not be used any more
     SMALLER = 2  # it ran out of memory, and the next one can do with less
     DOES_NOT_FIT = 3
-    LOST = 4  # it ran out of memory in a way that leaves the device unusable
-    ERROR = 5
+    ALONE = 4  # BatchNorm refuses the single sample of a microbatch
+    LOST = 5  # it ran out of memory in a way that leaves the device unusable
+    ERROR = 6
 
 
 class Report(NamedTuple):
@@ -148,7 +150,7 @@ class Attempt:
         self.verdict = classify(error)
         split = self.plan is not None and self.plan.accumulation_steps > 1
         if self.verdict is None and split and needs_two_samples(error):
-            self.verdict = OutOfMemory("batch normalization", None, False, str(error))
+            self.verdict = OutOfMemory(BATCH_NORM, None, False, str(error))
         if self.verdict is None or self.plan is None:  # without a cut there is nothing smaller
             self.error = error
         else:
@@ -172,6 +174,8 @@ class Attempt:
             return Report(Outcome.ERROR, next_limit)
         if self.again:
             outcome = Outcome.AGAIN
+        elif verdict is not None and verdict.kind == BATCH_NORM:
+            outcome = Outcome.ALONE
         elif verdict is not None and not verdict.retryable:
             outcome = Outcome.LOST
         elif verdict is not None and plan.microbatch_size == 1:
@@ -246,7 +250,7 @@ class Agreement:
                 f"Rank {failed} failed with an error of its own, which it raises; this rank has "
                 "undone its part of the step. Mend that error and start all ranks again."
             )
-        if self.outcome in (Outcome.DOES_NOT_FIT, Outcome.LOST):
+        if self.outcome in (Outcome.DOES_NOT_FIT, Outcome.ALONE, Outcome.LOST):
             return self._does_not_fit(attempt, rank, failed, tried, setting)
         if self.outcome == Outcome.DONE:
             return self._difference()
@@ -259,7 +263,8 @@ class Agreement:
         verdict = attempt.verdict if rank == failed else None
         if verdict is None:
             asked = None if report.bytes_requested < 0 else int(report.bytes_requested)
-            verdict = OutOfMemory(f"rank {failed}", asked, self.outcome != Outcome.LOST, "")
+            kind = BATCH_NORM if self.outcome == Outcome.ALONE else f"rank {failed}"
+            verdict = OutOfMemory(kind, asked, self.outcome != Outcome.LOST, "")
         # The others may have had more in a microbatch.
         return does_not_fit(verdict, [*tried[:-1], int(report.largest)], setting)
 

@@ -34,7 +34,8 @@ class Schedule:
         self._peaks = [group["lr"] for group in optimizer.param_groups]
         self.warmup = LONGEST_WARMUP
         if total is not None:
-            _, beta2 = optimizer.defaults.get("betas", (None, None))
+            betas = getattr(optimizer, "defaults", {}).get("betas", ())
+            beta2 = float(betas[1]) if len(betas) > 1 else None  # some have three
             self.warmup = warmup_steps(total, beta2=beta2) / total
 
     def set(self, progress: float) -> None:

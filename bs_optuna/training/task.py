@@ -97,6 +97,10 @@ class TrainingTask:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, as_data(getattr(self, name), name=name))
         optimizer_factory(self.optimizer)
+        if "loss" in self.metrics:
+            raise TaskError(
+                "metrics holds 'loss', which stands for the loss itself; give it another name."
+            )
         if isinstance(self.model, nn.Module) or not callable(self.model):
             raise TaskError(
                 f"model is a {type(self.model).__name__}; must be a function that makes a new one "

@@ -16,8 +16,10 @@ from torch import nn
 
 from bs_optuna.config import StudyConfig
 from bs_optuna.errors import ConfigError
+from bs_optuna.errors import TaskError
 from bs_optuna.errors import UntraceableError
 from bs_optuna.report.forecast import forecast
+from bs_optuna.tasks import digits
 from bs_optuna.training import TrainingTask
 
 
@@ -91,6 +93,11 @@ def test_a_device_of_unknown_memory_asks_for_a_limit(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(named, lambda name: torch.device(name))
     with pytest.raises(ConfigError, match=r"device=meta; .*add --memory-limit"):
         forecast(StudyConfig(device="meta"), make_task())
+
+
+def test_what_a_study_would_refuse_is_not_forecast() -> None:
+    with pytest.raises(TaskError, match="batch_size=4096 is more than the 1257 training samples"):
+        forecast(StudyConfig(device="cpu", batch_size="1024:4096"), digits.task())
 
 
 def test_a_dry_run_prints_the_table_and_leaves_nothing(tmp_path: Path) -> None:

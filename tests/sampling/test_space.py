@@ -104,6 +104,14 @@ def test_momentum_is_seen_by_how_far_it_is_from_one(
     assert made.params(np.array([coordinate]))[name] == pytest.approx(value)
 
 
+@pytest.mark.parametrize("name", ["slowness", "one_minus_slowness"])
+def test_a_momentum_may_be_named_by_either(name: str) -> None:
+    distribution = FloatDistribution(0.01, 0.5, log=True)
+    made = Space({"one_minus_slowness": distribution}, Names(momentum=name))
+    assert made.momentum == 0
+    assert made.coordinates([{"one_minus_slowness": 0.1}])[0, 0] == pytest.approx(math.log(0.1))
+
+
 @pytest.mark.parametrize(
     "distribution",
     [

@@ -62,6 +62,11 @@ def messages(rank: int) -> dict[str, Any]:
     model[0].weight.requires_grad_(rank == 0)
     attempt("frozen", lambda: fine(*batch))
     model[0].weight.requires_grad_(True)
+    normalized = AccumulatedBackward(  # rank 0 has three samples, and is left with one
+        nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)), nn.functional.cross_entropy,
+        microbatch_size=2, batch_norm="exact", process_group=group,
+    )  # fmt: skip
+    attempt("norm", lambda: normalized(torch.randn(3 + rank, 3), torch.zeros(3 + rank).long()))
     sparse = nn.Sequential(nn.Embedding(4, 2, sparse=True))
     embedded = AccumulatedBackward(sparse, lambda o, t: o.sum(), process_group=group)
     attempt("sparse", lambda: embedded(torch.tensor([1, 2])))

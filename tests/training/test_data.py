@@ -99,6 +99,7 @@ def test_a_tensor_data_set_is_taken_as_its_tensors() -> None:
         ({"model": None}, "model is a NoneType; must be a function"),
         ({"optimizer": "adam"}, "optimizer='adam'; must be one of adamw, sgd"),
         ({"objective": "accuracy"}, "objective='accuracy'; must be one of loss"),
+        ({"metrics": {"loss": nn.functional.l1_loss}}, "metrics holds 'loss', which stands for"),
         ({"batch_norm": "whole"}, "batch_norm='whole'; must be 'microbatch' or 'exact'"),
         ({"direction": "up"}, "direction='up'; must be 'minimize' or 'maximize'"),
     ],

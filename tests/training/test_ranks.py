@@ -237,6 +237,7 @@ def test_errors_reach_all_ranks(tmp_path: Path) -> None:
         assert first[case][0] == "RanksError"
         assert first[case][1].startswith("Rank 1 failed with an error of its own")
     for case, error, text in (
+        ("norm", "MicrobatchDoesNotFitError", "BatchNorm cannot take the single sample that"),
         ("room", "RanksError", "A rank has no memory to exchange gradients; give all ranks more"),
         ("scale", "RanksError", "The ranks scale their gradients by [2.0, 3.0]; give each a"),
         ("nothing", "ValueError", "count is 0 on every rank; must be positive on one"),

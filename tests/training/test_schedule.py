@@ -36,3 +36,18 @@ def test_groups_keep_peaks_of_their_own() -> None:
         schedule.set(progress)
         rates = [group["lr"] for group in optimizer.param_groups]
         assert rates == pytest.approx([0.1 * factor, 0.4 * factor])
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.995), (0.9, 0.995, 0.5), (0.9, torch.tensor(0.995))])
+def test_the_warmup_goes_by_the_second_of_the_betas(betas: tuple[float, ...]) -> None:
+    class Other(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            super().__init__([torch.nn.Parameter(torch.ones(1))], {"lr": 0.1, "betas": betas})
+
+    assert Schedule(Other(), total=4000).warmup == pytest.approx(400 / 4000, rel=1e-4)
+
+
+def test_an_optimizer_without_defaults_has_a_schedule_too() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    del optimizer.defaults
+    assert Schedule(optimizer, total=100).warmup == pytest.approx(0.05)

@@ -124,3 +124,12 @@ def test_a_metric_of_many_numbers_is_named(study: optuna.Study) -> None:
     task = make_task(metrics={"errors": lambda o, t: (o.argmax(1) != t).float()})
     with pytest.raises(TaskError, match=r"errors returned a Tensor of shape \(\d+,\); must return"):
         run_trial(make_objective(task), study, batch_size=32, lr=0.5)
+
+
+def test_data_without_any_target_has_no_mean(study: optuna.Study) -> None:
+    task = make_task()
+    inputs, targets = task.valid_data
+    nothing = (inputs, torch.full_like(targets, -100))
+    task = make_task(valid_data=nothing, count=lambda inputs, targets: (targets != -100).sum())
+    with pytest.raises(TaskError, match="count is 0 for all of the data that is evaluated"):
+        run_trial(make_objective(task), study, batch_size=32, lr=0.5)
