@@ -14,7 +14,7 @@ _masks = threading.local()  # of signals, in the thread that forks
 
 @functools.cache
 def end_forks_by_sigterm() -> None:
-    """From now on, whatever this process itself does at SIGTERM.
+    """Lets SIGTERM end every process forked from now on, whatever handler this one has.
 
     A handler of Python's would not run in a fork that is blocked in C code, and a signal that comes
     while the fork begins would be lost: `multiprocessing.Pool` sends one, and then waits.

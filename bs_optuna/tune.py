@@ -164,8 +164,8 @@ def _dry_run(config: StudyConfig) -> int:
     from rich.console import Console
 
     from bs_optuna.report.forecast import forecast
-    from bs_optuna.study.blame import named_errors
-    from bs_optuna.study.blame import set_up_of
+    from bs_optuna.study.task_errors import named_errors
+    from bs_optuna.study.task_errors import set_up_of
     from bs_optuna.tasks.loading import load_task
 
     with named_errors(set_up_of(config.task)):
@@ -212,9 +212,9 @@ def _run(config: StudyConfig, arguments: list[str], verbosity: Verbosity) -> int
     # From here on with PyTorch and Optuna, whose import takes longer than all of the above.
     from rich.console import Console
 
-    from bs_optuna.study.blame import named_errors
-    from bs_optuna.study.blame import set_up_of
     from bs_optuna.study.storage_errors import named_storage_errors
+    from bs_optuna.study.task_errors import named_errors
+    from bs_optuna.study.task_errors import set_up_of
     from bs_optuna.study.tuning import storage_of
     from bs_optuna.tasks.loading import load_task
     from bs_optuna.worker import set_up_libraries

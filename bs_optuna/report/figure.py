@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import optuna
 from optuna.trial import TrialState
+from scipy.stats import rankdata
 
 from bs_optuna.errors import StudyError
+from bs_optuna.sampling.recommend import names_in
 from bs_optuna.sampling.recommend import recommend_each
 
 
@@ -24,14 +26,18 @@ RIDGE = "#e4572e"
 
 
 def ridge_figure(
-    study: optuna.Study, *, batch_size_name: str = "batch_size", learning_rate_name: str = "lr"
+    study: optuna.Study,
+    *,
+    batch_size_name: str | None = None,
+    learning_rate_name: str | None = None,
 ) -> Figure:
     """Draws every trial, coloured by its value, and the best learning rate with its 90 % interval.
 
     Args:
         study: A study with the two parameters, whichever sampler made it.
-        batch_size_name: Name of the batch size in the study.
-        learning_rate_name: Name of the learning rate in the study.
+        batch_size_name: Name of the batch size in the study; None, here and below, is the name that
+            the study's CoupledSampler was given, or else ``"batch_size"``.
+        learning_rate_name: Name of the learning rate in the study; ``"lr"``.
 
     Raises:
         StudyError: There are too few trials to say where the best learning rate lies, or the two
@@ -40,7 +46,8 @@ def ridge_figure(
     """
     from matplotlib.figure import Figure  # an extra, and slow to load
 
-    names = (batch_size_name, learning_rate_name)
+    named = names_in(study, batch_size_name, learning_rate_name)
+    names = (named.batch_size, named.learning_rate)
     complete = [
         (trial.params[names[0]], trial.params[names[1]], trial.value)
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -118,7 +125,8 @@ def _ranks(
     values: list[float], study: optuna.Study
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """0 for the worst trial to 1 for the best: losses of 11 beside 0.1 would hide all else."""
-    order = np.argsort(np.argsort(values)) / max(1, len(values) - 1)
+    order: np.ndarray[tuple[int], np.dtype[np.float64]]
+    order = (rankdata(values) - 1.0) / max(1, len(values) - 1)  # equal ones share a colour
     return order if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1.0 - order
 
 

@@ -1,4 +1,4 @@
-"""Every key that bs_optuna stores in a study or a trial; written and read under these names only.
+"""Every user attribute that bs_optuna stores, written and read under these names only.
 
 All values are plain JSON (float, int, str, list): optuna-dashboard offers the numeric ones on
 its axes. The names carry no prefix because a person reads them there.
@@ -28,7 +28,7 @@ THROUGHPUT = "microbatch_samples_per_second"  # list of [size, float], how "fast
 NOISE_SCALE = "gradient_noise_scale"  # float, measured B_simple in samples
 
 # Of a trial: what it learned about memory, for the trials after it.
-MEMORY_KEY = "memory_key"  # str, what the two below depend on
+MEMORY_KEY = "memory_key"  # str, what the four below depend on
 MICROBATCH_FITS = "microbatch_fits"  # int, largest microbatch that ran a full step
 MICROBATCH_FAILS = "microbatch_fails"  # int, smallest microbatch that ran out of memory
 MICROBATCH_TRIED = "microbatch_tried"  # int, tried by a running trial, not yet known to fit or fail

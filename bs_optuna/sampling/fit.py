@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bs_optuna.sampling.explore import explore
+from bs_optuna.sampling.ensemble import explore
 from bs_optuna.sampling.history import History
 from bs_optuna.sampling.history import scalarised
 from bs_optuna.sampling.scale import Scale

@@ -78,9 +78,9 @@ def shared_space(trials: Iterable[FrozenTrial]) -> dict[str, BaseDistribution]:
 def whole(trials: Sequence[FrozenTrial], coupled: Collection[str]) -> list[FrozenTrial]:
     """All but those that broke off before they had batch size and learning rate.
 
-    If the study has both, that is: the trials that told tell. Where there are none yet, a single
-    failure without one of the two has broken off, but a second one says otherwise. The only failure
-    is left out anyway, so that a reference is tried once more.
+    Whether the study has these two the trials with a value show. Before there is one, a single
+    failure that lacks one of them has broken off; two such failures mean that the study has no such
+    parameter. A failure that is the only one is always left out: a reference is tried once more.
 
     Args:
         trials: All trials of the study.

@@ -73,7 +73,7 @@ def recommend(
             a finite value and without violating a constraint, or several objectives, or the batch
             size is not a positive whole number.
     """
-    names = _names(study, batch_size_name, learning_rate_name, momentum_name, weight_decay_name)
+    names = names_in(study, batch_size_name, learning_rate_name, momentum_name, weight_decay_name)
     return _answers(study, [batch_size], prior, names, seed)[0]
 
 
@@ -84,8 +84,6 @@ def recommend_each(
     prior: str | ScalingPrior | None = None,
     batch_size_name: str | None = None,
     learning_rate_name: str | None = None,
-    momentum_name: str | None = None,
-    weight_decay_name: str | None = None,
     seed: int = 0,
 ) -> list[Recommendation]:
     """What `recommend` says for each of several batch sizes, for about the price of one.
@@ -96,14 +94,12 @@ def recommend_each(
         prior: Optimizer or belief.
         batch_size_name: Name of the batch size in the study.
         learning_rate_name: Name of the learning rate in the study.
-        momentum_name: Name of the momentum in the study.
-        weight_decay_name: Name of the weight decay in the study.
         seed: Of the random numbers behind the averages.
 
     Raises:
         StudyError: As for `recommend`.
     """
-    names = _names(study, batch_size_name, learning_rate_name, momentum_name, weight_decay_name)
+    names = names_in(study, batch_size_name, learning_rate_name)
     return _answers(study, batch_sizes, prior, names, seed)
 
 
@@ -187,12 +183,22 @@ def _space(trials: Sequence[FrozenTrial], names: tuple[str, str]) -> dict[str, B
     return space
 
 
-def _names(study: Study, *names: str | None) -> Names:
-    """Those that are given, else those of the study's sampler, else the usual ones."""
+def names_in(
+    study: Study,
+    batch_size: str | None = None,
+    learning_rate: str | None = None,
+    momentum: str | None = None,
+    weight_decay: str | None = None,
+) -> Names:
+    """The names that are given, else those of the study's sampler, else the usual ones."""
     known = study.sampler.names if isinstance(study.sampler, CoupledSampler) else Names()
-    fields = ("batch_size", "learning_rate", "momentum", "weight_decay")
-    given = {f: name for f, name in zip(fields, names, strict=True) if name is not None}
-    return replace(known, **given)
+    given = {
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+    }
+    return replace(known, **{field: name for field, name in given.items() if name is not None})
 
 
 def _prior(study: Study, prior: str | ScalingPrior | None) -> ScalingPrior:

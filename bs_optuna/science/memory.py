@@ -37,7 +37,7 @@ class MicrobatchBounds:
     fails: int | None = None
 
     @property
-    def hopeless(self) -> bool:
+    def sample_fails(self) -> bool:
         """Whether a single sample is known not to fit."""
         return self.fails == 1
 

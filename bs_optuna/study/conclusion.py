@@ -19,7 +19,7 @@ from bs_optuna.sampling.recommend import recommend
 from bs_optuna.sampling.recommendation import Recommendation
 from bs_optuna.science.noise_scale import NoiseReading
 from bs_optuna.science.noise_scale import pooled
-from bs_optuna.study.blame import named_errors
+from bs_optuna.study.task_errors import named_errors
 from bs_optuna.study.tuning import Tuning
 from bs_optuna.training.final_run import FinalRun
 from bs_optuna.training.oom import classify

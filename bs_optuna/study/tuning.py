@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -20,9 +21,6 @@ from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import is_out_of_memory
 from bs_optuna.sampling.sampler import CoupledSampler
 from bs_optuna.study.agreement import check_experiment
-from bs_optuna.study.blame import described
-from bs_optuna.study.blame import named_errors
-from bs_optuna.study.blame import set_up_of
 from bs_optuna.study.collecting import imports_left_out
 from bs_optuna.study.device import device_named
 from bs_optuna.study.interruption import requeue_interrupted
@@ -30,6 +28,9 @@ from bs_optuna.study.opening import open_study
 from bs_optuna.study.opening import refuse_missing
 from bs_optuna.study.storage import open_storage
 from bs_optuna.study.storage import without_password
+from bs_optuna.study.task_errors import described
+from bs_optuna.study.task_errors import named_errors
+from bs_optuna.study.task_errors import set_up_of
 from bs_optuna.training.budget import Budget
 from bs_optuna.training.objective import EVALUATIONS
 from bs_optuna.training.objective import TrainingObjective
@@ -44,7 +45,7 @@ DEFAULT_PASSES = 8
 DEFAULT_LEARNING_RATES = {"sgd": (1e-4, 1.0)}
 DEFAULT_LEARNING_RATES_ELSE = (1e-5, 1e-1)
 # So many trials in a row that fit into memory with no microbatch: no other one will.
-HOPELESS_TRIALS = 3
+TRIALS_WITHOUT_MEMORY = 3
 # Only trials in the worst quarter of those before them are stopped: a learning rate that wins in
 # the end is often behind at first, and a sampler that has found the best region sends all there.
 PRUNED_ABOVE_PERCENTILE = 75.0
@@ -95,12 +96,6 @@ class Tuning:
             KeyboardInterrupt: A person stopped it; the trial that was running is queued again.
         """
 
-        def observed(trial: optuna.Trial) -> float:
-            self.objective.suggest(trial)
-            started(trial)
-            with named_errors(described(trial)):
-                return self.objective(trial)
-
         def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
             ended(study, trial)
             others_had_the_rest = self.finished >= self.trials
@@ -109,7 +104,9 @@ class Tuning:
 
         left = max(0, self.trials - self.finished)
         with imports_left_out():
-            self._optimize(observed, n_trials=left, timeout=timeout, ended=after)
+            self._optimize(
+                partial(self._train, started), n_trials=left, timeout=timeout, ended=after
+            )
 
     def run_one(
         self,
@@ -133,12 +130,15 @@ class Tuning:
         def observed(trial: optuna.Trial) -> float:
             with training():
                 created(trial)
-                self.objective.suggest(trial)
-                started(trial)
-                with named_errors(described(trial)):
-                    return self.objective(trial)
+                return self._train(started, trial)
 
         self._optimize(observed, n_trials=1, timeout=None, ended=ended)
+
+    def _train(self, started: Callable[[optuna.Trial], None], trial: optuna.Trial) -> float:
+        self.objective.suggest(trial)
+        started(trial)
+        with named_errors(described(trial)):
+            return self.objective(trial)
 
     def _optimize(
         self,
@@ -268,5 +268,5 @@ def _name_value(study: optuna.Study, name: str) -> None:
 
 def nothing_fits(study: optuna.Study) -> bool:
     """Whether so many trials in a row did not fit that no other one will."""
-    last = study.get_trials(deepcopy=False, states=FINISHED)[-HOPELESS_TRIALS:]
-    return len(last) == HOPELESS_TRIALS and all(map(is_out_of_memory, last))
+    last = study.get_trials(deepcopy=False, states=FINISHED)[-TRIALS_WITHOUT_MEMORY:]
+    return len(last) == TRIALS_WITHOUT_MEMORY and all(map(is_out_of_memory, last))

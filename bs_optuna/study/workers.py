@@ -66,15 +66,15 @@ def run_in_workers(
         KeyboardInterrupt: A person stopped it; the trials that were running are queued again.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    crew = _Crew(tuning, target, count=count, deadline=deadline, started=started, ended=ended)
+    pool = _WorkerPool(tuning, target, count=count, deadline=deadline, started=started, ended=ended)
     try:
-        crew.run()
+        pool.run()
     finally:
-        crew.dismiss()
+        pool.shut_down()
 
 
 @contextmanager
-def _whole() -> Iterator[None]:
+def _uncut() -> Iterator[None]:
     """A context, or a decorator of a function, that Ctrl-C does not cut in two: it is heard after.
 
     Optuna would log a traceback where it was at its database, and a process half started would be
@@ -100,7 +100,7 @@ def _whole() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-class _Crew:
+class _WorkerPool:
     """The workers of one study and what they are at."""
 
     def __init__(
@@ -130,7 +130,7 @@ class _Crew:
             ready = set(wait([*ends, *(worker.pipe for worker in self._workers)]))
             self._attend(ready)
 
-    def dismiss(self) -> None:
+    def shut_down(self) -> None:
         """Ends all workers; what they are at is queued again."""
         for worker in self._workers:
             with suppress(OSError):  # it is dead already
@@ -152,7 +152,7 @@ class _Crew:
             worker.close()
         self._workers.clear()
 
-    @_whole()
+    @_uncut()
     def _assign(self) -> bool:
         """Gives workers as many trials as the study lacks; says whether any is at one."""
         busy = sum(worker.busy for worker in self._workers)
@@ -173,13 +173,13 @@ class _Crew:
         self._workers.append(worker)
         return worker
 
-    @_whole()
+    @_uncut()
     def _attend(self, ready: Collection[object]) -> None:
-        """Hears those that have said something, and buries those that have ended."""
+        """Hears those that have said something, and handles those that have ended."""
         for worker in list(self._workers):
             ended = worker.end in ready
             if not self._listen(worker) or ended:
-                self._bury(worker)
+                self._handle_exit(worker)
 
     def _listen(self, worker: WorkerProcess) -> bool:
         """Hears all that the worker has said; False if that was its last word."""
@@ -211,7 +211,7 @@ class _Crew:
         self._ended(self._tuning.study, trial)
         self._stopped = self._stopped or nothing_fits(self._tuning.study)
 
-    def _bury(self, worker: WorkerProcess) -> None:
+    def _handle_exit(self, worker: WorkerProcess) -> None:
         """Puts in order what a process has left that ended by itself."""
         worker.process.join()
         code = worker.process.exitcode or 0
@@ -230,7 +230,7 @@ class _Crew:
             )
         name = _signal_name(-code)
         if trial is None:
-            self._mourn(name)
+            self._count_early_death(name)
         elif trial.state == TrialState.RUNNING:
             again = after_death(trial.number, trial.user_attrs, signal=name)
             self._fail(trial, f"killed by {name} {_place_of_death(trial)}", again)
@@ -238,7 +238,7 @@ class _Crew:
         else:  # it died between the end of the trial and saying so
             self._end(trial)
 
-    def _mourn(self, name: str) -> None:
+    def _count_early_death(self, name: str) -> None:
         self._deaths += 1
         if self._deaths == DEATHS_BEFORE_A_TRIAL:
             raise WorkerError(

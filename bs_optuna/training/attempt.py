@@ -78,7 +78,7 @@ class Attempt:
             self.file.remove()
 
     @property
-    def hopeless(self) -> str | None:
+    def given_up(self) -> str | None:
         """Why the trial is not tried again; None if it is."""
         if self.number <= MAX_ATTEMPTS:
             return None

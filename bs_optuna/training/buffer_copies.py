@@ -26,10 +26,10 @@ class SavedBuffer:
         module: Whose buffer it is.
         name: Its name there.
         buffer: The tensor itself.
-        shape: It had.
+        shape: Its shape then.
         persistent: Whether it is part of the module's state.
         copy: Of its values; None of one that passes do not change.
-        version: What its count of operations in place was; 0 with a copy.
+        version: Its counter of changes in place then; 0 with a copy.
     """
 
     module: nn.Module

@@ -36,7 +36,7 @@ def train_final(run: TrainingRun, task: TrainingTask) -> FinalRun:
         MicrobatchDoesNotFitError: A single sample does not fit.
     """
     noise, samples = {}, 0
-    for checkpoint in run.checkpoints():
+    for checkpoint in run.evaluations():
         samples = samples or samples_to_read(
             task.train_data,
             batch_size=run.settings.batch_size,

@@ -41,7 +41,7 @@ class KnownSizes:
         claims: What is being tried in training.
         deaths: Whether a worker was killed.
         deadly: Whether what does not fit in training is known from that.
-        early_deaths: Whether one was before it trained: by what was done to look ahead, maybe.
+        early_deaths: Whether one was before it trained, perhaps by what measures memory.
     """
 
     microbatch: MicrobatchBounds
@@ -135,7 +135,7 @@ def _claims(trials: Iterable[FrozenTrial]) -> Iterator[Claim]:
 def _said_of(batch_size: int, trial: FrozenTrial, *, predicted: bool) -> MicrobatchBounds:
     bounds = _bounds(trial.user_attrs)
     other = trial.params.get("batch_size", batch_size)
-    if bounds.hopeless and other > batch_size:
+    if bounds.sample_fails and other > batch_size:
         return replace(bounds, fails=None)
     if predicted and 2 * other < batch_size:
         return replace(bounds, fits=0)

@@ -30,7 +30,7 @@ from bs_optuna.training.peak_memory import PeakMemory
 from bs_optuna.training.random_states import kept_random_states
 from bs_optuna.training.random_states import restore_random_states
 from bs_optuna.training.run_settings import RunSettings
-from bs_optuna.training.rungs import Checkpoint
+from bs_optuna.training.rungs import Evaluated
 from bs_optuna.training.rungs import rungs
 from bs_optuna.training.search import Search
 from bs_optuna.training.stepping import GuardedStep
@@ -139,7 +139,7 @@ class TrainingRun:
         """Most memory that the run has held at a time, None if the device does not tell."""
         return self._peak.bytes()
 
-    def checkpoints(self) -> Iterator[Checkpoint]:
+    def evaluations(self) -> Iterator[Evaluated]:
         """Trains and yields an evaluation at each rung, the last one at the end of the budget.
 
         With a file the state of the run is written there after each evaluation but the last. A run
@@ -182,7 +182,7 @@ class TrainingRun:
                 if not last:
                     self._save()
             self.values = self._evaluated[k]
-            yield Checkpoint(rung.progress, rung.resource, self.values, last=last)
+            yield Evaluated(rung.progress, rung.resource, self.values, last=last)
 
     def evaluate(self, data: Data) -> dict[str, float]:
         """Mean loss and metrics of the model as it is now.

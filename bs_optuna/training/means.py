@@ -19,8 +19,7 @@ from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import take
 from bs_optuna.training.cutting import Count
 from bs_optuna.training.oom import classify
-from bs_optuna.training.random_states import random_states
-from bs_optuna.training.random_states import restore_random_states
+from bs_optuna.training.random_states import kept_random_states
 
 
 Function = Callable[[Any, Any], Any]
@@ -75,16 +74,14 @@ def judged(
     except Exception as error:
         _raise_out_of_memory(error)
         return True
-    states = random_states(device)
-    try:
-        outputs, halves = _halves(model, batch, outputs, samples)
-        for name, function in functions.items():
-            if not _is_mean(function, values[name], batch, outputs, halves, count):
-                _warn(name, counted=count is not None)
-    except Exception as error:
-        _raise_out_of_memory(error)
-    finally:
-        restore_random_states(states, device)
+    with kept_random_states(device):
+        try:
+            outputs, halves = _halves(model, batch, outputs, samples)
+            for name, function in functions.items():
+                if not _is_mean(function, values[name], batch, outputs, halves, count):
+                    _warn(name, counted=count is not None)
+        except Exception as error:
+            _raise_out_of_memory(error)
     return True
 
 

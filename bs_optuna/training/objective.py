@@ -1,4 +1,4 @@
-"""TrainingObjective: an Optuna objective that trains a task; the only file that touches a Trial."""
+"""TrainingObjective: an Optuna objective that trains a task."""
 
 from __future__ import annotations
 
@@ -162,8 +162,8 @@ class TrainingObjective:
         seed = self.seed + attempt.first
         run = self._run(batch_size, learning_rate, seed, known, attempt, search, tell)
         tell(attempt.started(microbatch_size=run.microbatch_size))
-        reason, value = attempt.hopeless, None
-        if known.microbatch.hopeless:
+        reason, value = attempt.given_up, None
+        if known.microbatch.sample_fails:
             reason = "memory: a single sample is known not to fit"
         with private_random_state(self.device):
             try:
@@ -229,7 +229,7 @@ class TrainingObjective:
         size = known.start(most, predicted=predicted.microbatch)
         # What was measured here has run here.
         unseen = self._microbatch_size != "fastest" and self._starting_sizes.searched(batch_size)
-        if search is not None and unseen and not known.microbatch.hopeless:
+        if search is not None and unseen and not known.microbatch.sample_fails:
             size = search.begin(size, known)
         pieces = known.evaluation or predicted.evaluation
         settings = RunSettings(
@@ -260,7 +260,7 @@ class TrainingObjective:
 
     def _train(self, trial: optuna.Trial, run: TrainingRun) -> tuple[float, str | None]:
         value = float("nan")
-        for checkpoint in run.checkpoints():
+        for checkpoint in run.evaluations():
             value = checkpoint.values[self.task.objective]
             if self._checkpoints is not None:  # backed off or not, it is what a death would be of
                 trial.set_user_attr(attributes.MICROBATCH_SIZE, run.microbatch_size)

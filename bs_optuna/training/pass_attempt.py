@@ -109,7 +109,7 @@ def _incomplete(before: StepSnapshot | None) -> RuntimeError | None:
 
 
 @dataclass
-class Attempt:
+class PassAttempt:
     """What one rank did in an attempt; until it is kept, ``undo`` leaves nothing of it."""
 
     cut: Callable[[int | None], Plan] | None = None
@@ -239,7 +239,7 @@ class Agreement:
         return sum(w * r.loss for w, r in zip(shares, self._reports, strict=True))
 
     def error(
-        self, attempt: Attempt, rank: int, tried: list[int], setting: str
+        self, attempt: PassAttempt, rank: int, tried: list[int], setting: str
     ) -> BaseException | None:
         """What a rank has to raise for its attempt, or None where the training goes on."""
         if attempt.error is not None:
@@ -257,7 +257,7 @@ class Agreement:
         return None
 
     def _does_not_fit(
-        self, attempt: Attempt, rank: int, failed: int, tried: list[int], setting: str
+        self, attempt: PassAttempt, rank: int, failed: int, tried: list[int], setting: str
     ) -> Exception:
         report = self._reports[failed]
         verdict = attempt.verdict if rank == failed else None

@@ -29,5 +29,5 @@ def rehearse(task: TrainingTask, *, device: torch.device, learning_rate: float, 
     )
     with kept_random_states(device):
         run = TrainingRun(task, settings, device=device, limit=memory_limit(device, None))
-        for _ in run.checkpoints():
+        for _ in run.evaluations():
             pass

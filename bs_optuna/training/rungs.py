@@ -23,7 +23,7 @@ class Rung:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Evaluated:
     """An evaluation on the validation data; see Rung for progress and resource."""
 
     progress: float

@@ -17,9 +17,9 @@ from bs_optuna.training.cutting import Cutting
 from bs_optuna.training.cutting import Plan
 from bs_optuna.training.lost import Lost
 from bs_optuna.training.pass_attempt import Agreement
-from bs_optuna.training.pass_attempt import Attempt
 from bs_optuna.training.pass_attempt import BackwardResult
 from bs_optuna.training.pass_attempt import Outcome
+from bs_optuna.training.pass_attempt import PassAttempt
 from bs_optuna.training.pass_attempt import Report
 from bs_optuna.training.ranks import SharedGradients
 from bs_optuna.training.snapshot import StepSnapshot
@@ -68,7 +68,7 @@ class SharedPass:
             run: Gives the loss of the part and what its mean is taken over.
         """
         tried: list[int] = []
-        attempt, outcome = Attempt(), Outcome.SMALLER
+        attempt, outcome = PassAttempt(), Outcome.SMALLER
         while True:
             began = time.perf_counter()
             self._try(attempt, batch, snapshot, run)
@@ -88,12 +88,12 @@ class SharedPass:
                 raise error
             agreed.tell(self._limit)
             same = attempt.plan if outcome == Outcome.AGAIN else None
-            attempt = Attempt(attempt.cut, same)
+            attempt = PassAttempt(attempt.cut, same)
             if same is None:
                 limit = self._limit.value
                 _logger.info("out of memory at %d on a rank; now at most %s", tried[-1], limit)
 
-    def _try(self, attempt: Attempt, batch: Batch, snapshot: Snapshot, run: Run) -> None:
+    def _try(self, attempt: PassAttempt, batch: Batch, snapshot: Snapshot, run: Run) -> None:
         """One pass over the part; where it failed, nothing is left of it."""
         try:
             if attempt.cut is None:
@@ -110,7 +110,7 @@ class SharedPass:
         # Outside the except block: inside, its traceback would keep the activations alive.
         attempt.judge(failed)
 
-    def _prepare(self, attempt: Attempt) -> None:
+    def _prepare(self, attempt: PassAttempt) -> None:
         """Allocates and reads all that is needed once the ranks have agreed."""
         assert attempt.loss is not None
         # The result's own, to be written to, and of the same type where ranks cut differently.
@@ -121,13 +121,13 @@ class SharedPass:
         attempt.had = self._gradients.settle()
         self._gradients.ranks.check_room()
 
-    def _agree(self, attempt: Attempt) -> Agreement:
+    def _agree(self, attempt: PassAttempt) -> Agreement:
         had = attempt.had or [0.0] * self._gradients.parameters
         told, had = self._gradients.ranks.tell(attempt.report(self._limit), had)
         return Agreement([Report(*numbers) for numbers in told], had)
 
     def _result(
-        self, attempt: Attempt, agreed: Agreement, batch: Batch, tried: list[int]
+        self, attempt: PassAttempt, agreed: Agreement, batch: Batch, tried: list[int]
     ) -> BackwardResult:
         assert attempt.loss is not None
         shares = agreed.shares(self._cutting.reduction)

@@ -47,7 +47,7 @@ class StudyMemory:
             measure: Whether real steps may be taken for the prediction.
         """
         known = self.stored(study, batch_size)
-        if known.microbatch.hopeless or known.early_deaths:
+        if known.microbatch.sample_fails or known.early_deaths:
             return known
         if self._starting_sizes.predict(batch_size, known, measure=measure):
             known = self.stored(study, batch_size)  # by others in the meantime

@@ -20,6 +20,7 @@ from bs_optuna.report.figure import ridge_figure
 from bs_optuna.report.progress import TrialProgress
 from bs_optuna.report.summary import percent
 from bs_optuna.report.summary import summary
+from bs_optuna.sampling import CoupledSampler
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import mark_memory
 from bs_optuna.study.conclusion import as_found
@@ -168,6 +169,21 @@ def test_the_best_learning_rate_is_in_the_picture(sizes: list[int]) -> None:
     for ends, limits in ((places, axes.get_xlim()), (rates, axes.get_ylim())):
         assert limits[0] < min(ends) <= max(ends) < limits[1]
     assert max(rates) > 1.6 * 4e-5
+
+
+def test_the_picture_goes_by_the_names_of_the_sampler_and_equal_trials_look_alike() -> None:
+    study = optuna.create_study(sampler=CoupledSampler(batch_size="bs", learning_rate="rate"))
+    space = {
+        "bs": IntDistribution(8, 64, log=True),
+        "rate": FloatDistribution(1e-5, 1.0, log=True),
+    }
+    for rate, value in ((1e-3, 1.0), (1e-2, 0.5), (1e-1, 1.0), (2e-2, 0.6)):
+        params = {"bs": 16, "rate": rate}
+        study.add_trial(optuna.create_trial(params=params, distributions=space, value=value))
+    (dots,) = (c for c in ridge_figure(study).axes[0].collections if c.get_label() == "complete")
+    colours = dots.get_array()
+    assert colours is not None
+    assert colours[0] == colours[2] < colours[3] < colours[1] == 1.0
 
 
 def test_a_study_without_results_has_no_picture() -> None:

@@ -12,7 +12,7 @@ from sklearn.gaussian_process.kernels import DotProduct
 from sklearn.gaussian_process.kernels import Kernel
 from sklearn.gaussian_process.kernels import Matern
 
-from bs_optuna.sampling.explore import explore
+from bs_optuna.sampling.ensemble import explore
 from bs_optuna.sampling.kernel import covariance
 from bs_optuna.sampling.surrogate import Model
 from bs_optuna.sampling.surrogate import Observations

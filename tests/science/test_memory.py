@@ -43,7 +43,7 @@ def study(batch_sizes: list[int], predicted: int | None,
     failed: list[int] = []
     for batch_size in batch_sizes:
         known = MicrobatchBounds.merged(seen)
-        if known.hopeless:
+        if known.sample_fails:
             break
         learned, failures = trial(known, batch_size, predicted, holds)
         seen.append(learned)
@@ -86,7 +86,7 @@ def test_the_start_is_a_size_that_nothing_speaks_against(
     start = bounds.start(batch_size, predicted=predicted)
     assert 1 <= start <= batch_size
     assert start >= min(bounds.fits, batch_size)
-    assert bounds.fails is None or start < bounds.fails or bounds.hopeless
+    assert bounds.fails is None or start < bounds.fails or bounds.sample_fails
 
 
 @given(capacity=st.integers(1, MOST), error=st.floats(-0.1, 0.1))

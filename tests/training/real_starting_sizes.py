@@ -106,7 +106,7 @@ def fails(task: TrainingTask, size: int, limit: int, device: torch.device) -> bo
         evaluations=1,
     )
     run = TrainingRun(task, settings, device=device, limit=memory_limit(device, limit))
-    for _ in run.checkpoints():
+    for _ in run.evaluations():
         pass
     return size in run.failed_sizes
 

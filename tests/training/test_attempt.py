@@ -22,7 +22,7 @@ def test_each_attempt_has_half_the_microbatch_and_the_first_ones_seed_and_file(
     size = 64
     for number in range(4, 4 + MAX_ATTEMPTS):
         attempt = Attempt.read(number, stored, folder=tmp_path)
-        assert attempt.hopeless is None
+        assert attempt.given_up is None
         assert attempt.first == 4
         assert attempt.most(100) == (100 if number == 4 else size)
         if number == 4:
@@ -33,9 +33,9 @@ def test_each_attempt_has_half_the_microbatch_and_the_first_ones_seed_and_file(
         stored = after_death(number, stored, signal="SIGKILL")
         size //= 2
     last = Attempt.read(9, stored, folder=tmp_path)
-    assert last.hopeless is not None
-    assert last.hopeless.startswith("memory: killed in each of 3 attempts, last by SIGKILL")
-    assert "microbatch_size=12" in last.hopeless
+    assert last.given_up is not None
+    assert last.given_up.startswith("memory: killed in each of 3 attempts, last by SIGKILL")
+    assert "microbatch_size=12" in last.given_up
 
 
 def test_a_single_sample_is_not_halved() -> None:
@@ -80,8 +80,8 @@ def test_what_killed_in_training_and_in_an_evaluation_are_both_kept() -> None:
     assert attempt.most(16) == 8
     assert attempt.most_evaluated(None) == 32
     last = Attempt.read(3, after_death(2, stored, signal="SIGKILL"), folder=None)
-    assert last.hopeless is not None
-    assert last.hopeless.endswith(
+    assert last.given_up is not None
+    assert last.given_up.endswith(
         "last by SIGKILL with microbatch_size=16 and evaluating in pieces of 64"
     )
 

@@ -22,8 +22,8 @@ from bs_optuna.science.accumulation import AccumulationPlan
 from bs_optuna.science.regrowth import MicrobatchLimit
 from bs_optuna.training import AccumulatedBackward
 from bs_optuna.training.buffer_copies import BufferCopies
-from bs_optuna.training.pass_attempt import Attempt
 from bs_optuna.training.pass_attempt import Outcome
+from bs_optuna.training.pass_attempt import PassAttempt
 from bs_optuna.training.snapshot import StepSnapshot
 
 
@@ -192,7 +192,7 @@ def test_of_several_ranks_too_one_tells_the_others_of_what_joined_late() -> None
     model = nn.Linear(2, 3)
     before = snapshot_of(model)
     model.late = nn.BatchNorm1d(3)
-    attempt = Attempt(plan=AccumulationPlan(4, 4), before=before)
+    attempt = PassAttempt(plan=AccumulationPlan(4, 4), before=before)
     attempt.judge(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB."))
     assert "module 'late' joined" in str(attempt.error)
     assert attempt.report(MicrobatchLimit(4, regrow_after=None)).outcome == Outcome.ERROR
@@ -208,10 +208,10 @@ def test_of_several_ranks_one_tells_the_others_of_what_cannot_be_put_back(
         raise RuntimeError("CUDA error: device-side assert triggered")
 
     monkeypatch.setattr(before, "restore", lost)
-    attempt = Attempt(plan=AccumulationPlan(4, 4), before=before)
+    attempt = PassAttempt(plan=AccumulationPlan(4, 4), before=before)
     attempt.judge(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB."))
     assert "device-side assert" in str(attempt.error)
-    attempt = Attempt(plan=AccumulationPlan(4, 4), before=before)
+    attempt = PassAttempt(plan=AccumulationPlan(4, 4), before=before)
     attempt.judge(IndexError("mine"))
     assert isinstance(attempt.error, IndexError)
     assert attempt.report(MicrobatchLimit(4, regrow_after=None)).outcome == Outcome.ERROR

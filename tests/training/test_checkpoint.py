@@ -130,17 +130,17 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(
     trained = Trained(**settings)
     seed_foreign(7)
     whole = trained.run(None)
-    points = list(whole.checkpoints())
+    points = list(whole.evaluations())
 
     seed_foreign(7)
     path = tmp_path / "folder" / "run.pt"
-    first = trained.run(path).checkpoints()
+    first = trained.run(path).evaluations()
     for _ in range(cut):
         next(first)
     first.close()
     seed_foreign(99)  # as another process has them
     again = trained.run(path)
-    assert list(again.checkpoints()) == points
+    assert list(again.evaluations()) == points
     assert [whole.samples, whole.steps, whole.values] == [again.samples, again.steps, again.values]
     assert_equal(trained.models[2].state_dict(), trained.models[0].state_dict())
     assert_equal(trained.optimizers[2].state_dict(), trained.optimizers[0].state_dict())
@@ -150,11 +150,11 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(
 @pytest.mark.filterwarnings("ignore:BatchNorm normalizes")
 def test_only_the_steps_that_lack_are_done_again(tmp_path: Path) -> None:
     trained = Trained()
-    first = trained.run(tmp_path / "run.pt").checkpoints()
+    first = trained.run(tmp_path / "run.pt").evaluations()
     assert [next(first).resource for _ in range(3)] == [96, 192, 288]
     first.close()
     passes = []
-    again = trained.run(tmp_path / "run.pt").checkpoints()
+    again = trained.run(tmp_path / "run.pt").evaluations()
     next(again)
     trained.models[-1].register_forward_hook(
         lambda module, *_: passes.append(1) if module.training else None
@@ -167,12 +167,12 @@ def test_only_the_steps_that_lack_are_done_again(tmp_path: Path) -> None:
 def test_a_budget_in_seconds_goes_on_with_what_is_left(tmp_path: Path) -> None:
     trained = Trained(budget="seconds=0.2")
     first = trained.run(tmp_path / "run.pt")
-    cut_off = first.checkpoints()
+    cut_off = first.evaluations()
     for _ in range(4):
         next(cut_off)
     cut_off.close()
     again = trained.run(tmp_path / "run.pt")
-    points = again.checkpoints()
+    points = again.evaluations()
     for _ in range(4):
         next(points)
     assert again.steps == first.steps  # nothing but what the file holds
@@ -195,13 +195,13 @@ def test_a_file_that_is_of_no_use_is_warned_of_and_the_run_begins_anew(
     path = tmp_path / "run.pt"
     loss = Weighted()
     trained = Trained(loss=loss)
-    expected = list(trained.run(None).checkpoints())
+    expected = list(trained.run(None).evaluations())
     if content is None:
-        next(Trained(width=7, loss=loss).run(path).checkpoints())
+        next(Trained(width=7, loss=loss).run(path).evaluations())
     else:
         path.write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        assert list(trained.run(path).checkpoints()) == expected
+        assert list(trained.run(path).evaluations()) == expected
     assert message in caplog.text
     assert len(caplog.records) == 1
 
@@ -228,7 +228,7 @@ def test_a_file_that_cannot_be_written_costs_no_trial(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert len(list(Trained().run(tmp_path / "file" / "run.pt").checkpoints())) == 5
+    assert len(list(Trained().run(tmp_path / "file" / "run.pt").evaluations())) == 5
     assert len(caplog.records) == 4
     assert "cannot be written" in caplog.text
 

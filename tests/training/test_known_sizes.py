@@ -45,7 +45,7 @@ def test_a_batch_that_does_not_fit_by_single_samples_says_so_of_larger_ones_alon
     """The batch itself takes memory, and so do the sparse gradients of all its samples."""
     trials = [trial(256, 256, None), trial(512, 0, 1)]
     for batch_size in (512, 1024):
-        assert known_sizes(trials, KEY, batch_size=batch_size).microbatch.hopeless
+        assert known_sizes(trials, KEY, batch_size=batch_size).microbatch.sample_fails
     for batch_size in (64, 256):
         known = known_sizes(trials, KEY, batch_size=batch_size).microbatch
         assert known == MicrobatchBounds(256, None)

@@ -48,7 +48,7 @@ def test_the_mean_of_many_readings_is_what_all_samples_say() -> None:
 
     task = make_task(model=model, train_data=(inputs, targets), valid_data=(inputs, targets))
     run = make_run(task)
-    next(run.checkpoints())
+    next(run.evaluations())
     weights = list(made[-1].parameters())
     gradients = torch.stack([
         torch.cat([
@@ -99,7 +99,7 @@ def test_a_training_that_is_read_ends_as_one_that_is_not() -> None:
         random.seed(0)
         np.random.seed(0)
         run = make_run(task)
-        for _ in run.checkpoints():
+        for _ in run.evaluations():
             if read:
                 assert run.gradient_noise(64) is not None
                 assert all(module.training for module in made[-1].modules())
@@ -122,7 +122,7 @@ def test_memory_that_runs_out_over_a_reading_costs_only_that() -> None:
         return made[-1]
 
     run = make_run(make_task(model=model))
-    for _ in run.checkpoints():
+    for _ in run.evaluations():
         made[-1].fits = 0
         assert run.gradient_noise(64) is None
         made[-1].fits = 32

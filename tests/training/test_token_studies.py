@@ -191,5 +191,5 @@ def test_what_a_longer_batch_shows_to_fit_is_told_to_those_who_search_too() -> N
     cpu = torch.device("cpu")
     limit = memory_limit(cpu, None)
     run = TrainingRun(task, settings, device=cpu, limit=limit, search=Listening())
-    assert len(list(run.checkpoints())) == 1
+    assert len(list(run.evaluations())) == 1
     assert told == [1, 4]  # after the first batch, and after the one with the longest sample
