@@ -237,6 +237,7 @@ def _run_task(
     console: Console,
     verbosity: Verbosity,
 ) -> int:
+    from bs_optuna.report.dashboard_figure import publish_figure
     from bs_optuna.report.note import publish
     from bs_optuna.report.summary import LINE_WIDTH
     from bs_optuna.report.summary import summary
@@ -264,6 +265,7 @@ def _run_task(
     console.print(summary(tuning, conclusion, width=width), soft_wrap=True)
     if config.trials:
         publish(tuning, conclusion)
+        publish_figure(tuning.study)
     return 0 if conclusion is not None else EXIT_NO_RESULT
 
 

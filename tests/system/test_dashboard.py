@@ -17,6 +17,7 @@ from typing import Any
 import optuna
 import pytest
 
+from bs_optuna.report.dashboard_figure import publish_figure
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import mark_memory
 from bs_optuna.study import open_study
@@ -137,3 +138,27 @@ def test_a_study_opens_in_the_dashboard_while_it_goes_on(tmp_path: Path) -> None
         while len(trials := ask(study_url)["trials"]) < 3 or trials[2]["state"] != "Complete":
             assert time.monotonic() < deadline
         assert [trial["number"] for trial in ask(study_url)["best_trials"]] == [2]
+
+
+@pytest.mark.slow
+def test_the_ridge_is_on_the_page_of_a_study(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'ridge.db'}"
+    study = open_study(storage=storage, name="ridge")
+    assert not publish_figure(study)
+    for batch_size, lr in ((16, 1e-3), (64, 2e-3), (256, 4e-3), (64, 1e-2), (512, 1e-2)):
+        study.enqueue_trial({"batch_size": batch_size, "lr": lr})
+    study.optimize(objective, n_trials=4)
+    assert publish_figure(study)
+    study.optimize(objective, n_trials=1)
+    assert publish_figure(study)  # in the place of the first
+
+    with dashboard(storage) as url:
+        (summary,) = ask(f"{url}/api/studies")["study_summaries"]
+        (shown,) = ask(f"{url}/api/studies/{summary['study_id']}")["plotly_graph_objects"]
+    figure = json.loads(shown["graph_object"])
+    traces = {trace.get("name"): trace for trace in figure["data"]}
+    assert traces["complete"]["text"][1] == "trial 1: 0.128"
+    assert traces["pruned"]["text"] == ["trial 4, pruned"]
+    assert len(traces["best learning rate"]["x"]) == 9
+    # With a size of its own the dashboard would cut it off.
+    assert not {"width", "height"} & figure["layout"].keys()
