@@ -10,7 +10,6 @@ import shlex
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from bs_optuna.errors import UserError
 from bs_optuna.forks import end_forks_by_sigterm
 from bs_optuna.process_limits import check_limits
 from bs_optuna.process_limits import refused
+from bs_optuna.tracebacks import print_traceback
 from bs_optuna.training.limit_environment import LIMIT_ENVIRONMENT
 from bs_optuna.training.limit_environment import is_prepared
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {limited}", file=sys.stderr)
             return EXIT_USER_ERROR
         if error.__cause__ is not None:  # else a worker process has shown it
-            traceback.print_exception(error.__cause__)
+            print_traceback(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
         return EXIT_NO_RESULT
     except KeyboardInterrupt:

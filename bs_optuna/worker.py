@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextlib import suppress
@@ -21,6 +20,7 @@ from bs_optuna.errors import EXIT_INTERRUPTED
 from bs_optuna.errors import TrainingError
 from bs_optuna.errors import UserError
 from bs_optuna.forks import end_forks_by_sigterm
+from bs_optuna.tracebacks import print_traceback
 
 
 # How much likelier than its parent a worker is killed when memory is short, in thousandths of all
@@ -70,7 +70,7 @@ def work(config: StudyConfig, checkpoints: Path, pipe: Connection) -> None:
         if not isinstance(error, TrainingError):
             raise
         # Here, because tracebacks cannot be sent; the parent adds the line.
-        traceback.print_exception(error.__cause__)
+        print_traceback(error.__cause__ or error)
         _tell(pipe, "raised", str(error))
 
 
