@@ -20,6 +20,7 @@ import optuna
 import torch
 from torch import nn
 
+from bs_optuna import NoiseScale
 from bs_optuna.config import StudyConfig
 from bs_optuna.sampling import attributes
 from bs_optuna.science.companions import warmup_steps
@@ -93,6 +94,30 @@ def step(
             bare()
 
     return compare(ours, plain, turns=turns)
+
+
+def noise(device: torch.device, turns: int) -> list[float]:
+    """A batch in four microbatches whose gradient noise is read, against one whose is not."""
+    torch.manual_seed(0)
+    width, batch = (256, 256) if device.type == "cpu" else (1024, 2048)
+    x = torch.randn(batch, 512, device=device)
+    y = torch.randint(10, (batch,), device=device)
+    model = nn.Sequential(
+        nn.Linear(512, 4 * width), nn.ReLU(), nn.Linear(4 * width, 4 * width), nn.ReLU(),
+        nn.Linear(4 * width, 10),
+    ).to(device)  # fmt: skip
+    backwards = [
+        AccumulatedBackward(
+            model, nn.functional.cross_entropy, microbatch_size=batch // 4, noise_scale=scale
+        )
+        for scale in (NoiseScale(), None)
+    ]
+
+    def run(backward: AccumulatedBackward) -> None:
+        model.zero_grad()
+        backward(x, y)
+
+    return compare(lambda: run(backwards[0]), lambda: run(backwards[1]), turns=turns)
 
 
 def bare_training(setting: dict[str, Any]) -> None:
@@ -204,6 +229,7 @@ def main() -> None:
         ("whole step, AdamW", lambda: step(device, 100, torch.optim.AdamW)),
         ("whole step, SGD", lambda: step(device, 100, torch.optim.SGD)),
         ("whole step, RAdam, which is copied", lambda: step(device, 100, torch.optim.RAdam)),
+        ("reading the gradient noise", lambda: noise(device, 100)),
         (f"study of {arguments.trials} trials (seconds)", studies),
         ("--help / import torch, optuna (s)", answer_to_help),
     )
