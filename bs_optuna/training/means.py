@@ -1,4 +1,4 @@
-"""Warns of a loss or metric that is no mean, which the two halves of a piece of data show."""
+"""Warns of a loss or metric that is no mean, which the parts of a piece of data show."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import optree
@@ -24,8 +25,10 @@ from bs_optuna.training.random_states import kept_random_states
 
 Function = Callable[[Any, Any], Any]
 FEWEST_SAMPLES = 4
-# Relative. Sums in single precision round less by far, and a smaller difference decides nothing.
+FEW_SAMPLES = 8
+# Relative. A model rounds less, but for the shortest types of a GPU.
 TOLERANCE = 1e-3
+CLOSE = 1e-4  # of the same outputs, of which sums in single precision round less by far
 ROUNDINGS = 4  # of the lowest precision: one for the whole and each half, and one to spare
 IGNORED = -100  # PyTorch's ignore_index
 # Python's own filter forgets what it has shown whenever anything suspends it, as Optuna does.
@@ -42,17 +45,17 @@ def judged(
     count: Count | None,
     device: torch.device,
 ) -> bool:
-    """Warns, once in this process, of each function that the halves show to be no mean.
+    """Warns, once in this process, of each function that parts of a piece show to be no mean.
 
-    Neither random states nor what the functions keep are changed, and one that refuses half a piece
-    is taken for a mean; out of memory is raised.
+    Neither random states nor what the functions keep are changed, and one that refuses parts of a
+    piece is taken for a mean; out of memory is raised.
 
     Args:
         functions: The loss, as ``"loss"``, and the metrics.
         values: What they are for the piece.
         batch: The piece, inputs and targets.
         outputs: Of the model.
-        model: Gives those of the halves where the outputs cannot be cut, each leaf of which then
+        model: Gives those of the parts where the outputs cannot be cut, each leaf of which then
             has not the samples first: what the models of transformers return, for instance.
         count: What the means are taken over, if not the samples.
         device: Whose random states are put back.
@@ -74,35 +77,78 @@ def judged(
     except Exception as error:
         _raise_out_of_memory(error)
         return True
-    with kept_random_states(device):
+    wrong: set[str] = set()
+    with kept_random_states(device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of metrics that expect more than one sample
         try:
-            outputs, halves = _halves(model, batch, outputs, samples)
-            for name, function in functions.items():
-                if not _is_mean(function, values[name], batch, outputs, halves, count):
-                    _warn(name, counted=count is not None)
+            halves = _halves(model, batch, outputs, samples)
+            wrong.update(_no_means(functions, halves, values, count))
+            wrong.update(_no_means(functions, _singles(model, batch, outputs, samples), {}, count))
         except Exception as error:
             _raise_out_of_memory(error)
+    for name in functions:
+        if name in wrong:
+            _warn(name, counted=count is not None)
     return True
 
 
-def _halves(
-    model: nn.Module, batch: Batch, outputs: Any, samples: int
-) -> tuple[Any, list[tuple[Batch, Any]]]:
-    """The outputs, and the two halves of a piece, each with its own.
+@dataclass(frozen=True)
+class _Cut:
+    """A piece and its parts, each with the outputs of the model.
 
-    Those of a model that is asked for them are all made anew: one that draws random numbers then
-    differs from itself, which is seen.
+    Attributes:
+        whole: The piece.
+        again: The outputs of the whole once more, made anew if the model was asked.
+        parts: What it was cut into.
+        tolerance: For the difference between the whole and the mean of its parts, relative.
     """
-    slices = (slice(0, samples // 2), slice(samples // 2, None))
-    parts = [take(batch, half) for half in slices]
+
+    whole: tuple[Batch, Any]
+    again: Any
+    parts: list[tuple[Batch, Any]]
+    tolerance: float
+
+
+def _halves(model: nn.Module, batch: Batch, outputs: Any, samples: int) -> _Cut:
+    places = [slice(0, samples // 2), slice(samples // 2, None)]
+    return _cut(model, batch, outputs if _has(outputs, samples) else None, places, TOLERANCE)
+
+
+def _singles(model: nn.Module, batch: Batch, outputs: Any, samples: int) -> _Cut:
+    """A few samples from all over the piece: in its halves, what samples weigh averages out."""
+    few = min(samples, FEW_SAMPLES)
+    chosen = torch.linspace(0, samples - 1, few).long()
+    cut = _has(outputs, samples)
+    tolerance = CLOSE if cut else TOLERANCE  # the model rounds otherwise for another batch
+    chosen_outputs = take(outputs, chosen) if cut else None
+    places = [slice(k, k + 1) for k in range(few)]
+    return _cut(model, take(batch, chosen), chosen_outputs, places, tolerance)
+
+
+def _cut(
+    model: nn.Module, batch: Batch, outputs: Any, places: list[slice], tolerance: float
+) -> _Cut:
+    """The batch cut at some places.
+
+    Where the model is asked for the outputs, which are None then, it makes all of them anew: one
+    that draws random numbers then differs from itself, which is seen.
+    """
+    parts = [take(batch, place) for place in places]
+    if outputs is None:
+        outputs, again = call_model(model, batch[0]), call_model(model, batch[0])
+        of_parts = [call_model(model, part[0]) for part in parts]
+    else:
+        again = outputs
+        of_parts = [take(outputs, place) for place in places]
+    return _Cut((batch, outputs), again, list(zip(parts, of_parts, strict=True)), tolerance)
+
+
+def _has(outputs: Any, samples: int) -> bool:
+    """Whether outputs can be cut: each leaf of them has the samples first."""
     try:
-        cut = batch_length(outputs) == samples
+        return batch_length(outputs) == samples
     except (TypeError, ValueError):
-        cut = False
-    if cut:
-        return outputs, [(p, take(outputs, half)) for p, half in zip(parts, slices, strict=True)]
-    again = call_model(model, batch[0])
-    return again, [(part, call_model(model, part[0])) for part in parts]
+        return False
 
 
 def _padded(targets: Any) -> bool:
@@ -138,32 +184,39 @@ def _differ(targets: Any) -> bool:
     return not leaves or any(bool((leaf[1:] != leaf[:-1]).any()) for leaf in leaves)
 
 
-def _is_mean(
-    function: Function,
-    value: float,
-    batch: Batch,
-    outputs: Any,
-    halves: list[tuple[Batch, Any]],
-    count: Count | None,
-) -> bool:
+def _no_means(
+    functions: Mapping[str, Function], cut: _Cut, values: Mapping[str, float], count: Count | None
+) -> list[str]:
+    """The names of the functions that are certainly none; the values are those of the whole."""
+    return [
+        name
+        for name, function in functions.items()
+        if not _is_mean(function, values.get(name), cut, count)
+    ]
+
+
+def _is_mean(function: Function, value: float | None, cut: _Cut, count: Count | None) -> bool:
     """False only where it is certain that it is none."""
     try:
         if isinstance(function, nn.Module):  # all that it holds, but for the parameters
             function = copy.deepcopy(function, {id(p): p for p in function.parameters()})
+        (_, targets), outputs = cut.whole
+        if value is None:
+            value = float(function(outputs, targets))
         found, weights = [], []
-        for part, part_outputs in halves:
-            weights.append(float(count(*part)) if count else float(batch_length(part)))
-            if weights[-1] == 0:
-                return True
-            found.append(function(part_outputs, part[1]))
-        tolerance = _tolerance([*found, *optree.tree_leaves(outputs)])
-        first, second = map(float, found)
-        mean = (first * weights[0] + second * weights[1]) / sum(weights)
-        allowed = tolerance * max(map(abs, (value, first, second)))
+        for part, part_outputs in cut.parts:
+            weight = float(count(*part)) if count else float(batch_length(part))
+            if weight > 0:  # the mean over nothing is no number
+                weights.append(weight)
+                found.append(function(part_outputs, part[1]))
+        tolerance = _tolerance([*found, *optree.tree_leaves(outputs)], least=cut.tolerance)
+        means = list(map(float, found))
+        mean = sum(m * w for m, w in zip(means, weights, strict=True)) / sum(weights)
+        allowed = tolerance * max(map(abs, (value, *means)))
         if not abs(mean - value) > allowed:  # nor if one is not finite
             return True
         # One that draws random numbers, or remembers, differs from itself.
-        return abs(float(function(outputs, batch[1])) - value) > allowed
+        return abs(float(function(cut.again, targets)) - value) > allowed
     except Exception as error:
         _raise_out_of_memory(error)
         return True
@@ -174,13 +227,13 @@ def _raise_out_of_memory(error: Exception) -> None:
         raise error
 
 
-def _tolerance(results: list[Any]) -> float:
+def _tolerance(results: list[Any], *, least: float) -> float:
     rounded = [
         torch.finfo(result.dtype).eps
         for result in results
         if isinstance(result, torch.Tensor) and result.is_floating_point()
     ]
-    return max(TOLERANCE, ROUNDINGS * max(rounded, default=0.0))
+    return max(least, ROUNDINGS * max(rounded, default=0.0))
 
 
 def _warn(name: str, *, counted: bool) -> None:
@@ -192,7 +245,8 @@ def _warn(name: str, *, counted: bool) -> None:
     elif name == "loss":
         remedy = (
             "with class weights or padding pass what the loss is divided by, count=lambda inputs, "
-            "targets: weight[targets].sum(); instead of a sum return the mean."
+            "targets: weight[targets].sum(); instead of a sum return the mean; a loss that "
+            "compares samples is another one on a part of a batch: search batch sizes that fit."
         )
     else:
         remedy = (

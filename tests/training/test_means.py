@@ -104,6 +104,38 @@ def test_class_weights_show_only_in_a_piece_of_several_classes() -> None:
     assert told(nn.CrossEntropyLoss(weight=WEIGHT), data=(LOGITS, ordered), pieces=8)
 
 
+def entropy_of_the_mean(outputs: torch.Tensor) -> torch.Tensor:
+    chances = outputs.softmax(1).mean(0)
+    return (chances * chances.log()).sum()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 1.01, 0.99])),
+        lambda o, t: cross_entropy(o, t) + 0.05 * entropy_of_the_mean(o),
+        lambda o, t: ((o[:, :1] - t.float()) ** 2).mean(),  # (n, 1) against (n,)
+    ],
+)
+def test_what_averages_out_in_the_halves_shows_in_single_samples(loss: Callable[..., Any]) -> None:
+    # Halves that are alike: twice the same samples.
+    data = (LOGITS.repeat(2, 1), LABELS.repeat(2))
+    (text,) = told(loss, data=data, pieces=128)
+    assert text.startswith("The loss is no mean over the samples")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        lambda o, t: nn.functional.mse_loss(o[:, 0], t.float()),
+        lambda o, t: cross_entropy(o, t) + 3 * o.square().mean(),
+    ],
+)
+def test_means_over_samples_are_none_of_these(loss: Callable[..., Any]) -> None:
+    assert told(loss, data=(1000 * LOGITS, LABELS)) == []
+
+
 def test_a_mean_over_something_else_than_count_is_told() -> None:
     (text,) = told(token_loss, accuracy, data=(TOKEN_LOGITS, TOKENS), count=counted)
     assert text.startswith("The metric 'score' is no mean over what count counts")
