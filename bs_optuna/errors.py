@@ -52,6 +52,10 @@ class UntraceableError(UserError):
     """A training step cannot be followed without running it."""
 
 
+class NoTargetError(BsOptunaError, ValueError):
+    """A batch holds nothing that a mean could be taken over."""
+
+
 class DivergedError(BsOptunaError, ArithmeticError):
     """The loss is no finite number any more, or a metric is none.
 

@@ -68,13 +68,14 @@ def tables(tuning: Tuning, conclusion: Conclusion | None) -> dict[str, list[tupl
 def _table(rows: Sequence[tuple[str, str]], width: int) -> Text:
     """Names and values in two columns; no wider than the text of a book, and without a tail."""
     table = Text()
+    indent = max(INDENT, max(len(name) for name, _ in rows) + 4)
     for name, value in rows:
         start = len(table)
         lines = textwrap.wrap(
             value,
             width,
-            initial_indent=f"  {name}".ljust(INDENT),
-            subsequent_indent=" " * INDENT,
+            initial_indent=f"  {name}".ljust(indent),
+            subsequent_indent=" " * indent,
         )
         table.append("\n".join(lines) + "\n")
         table.stylize("dim", start, start + len(name) + 2)

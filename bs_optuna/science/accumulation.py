@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from bs_optuna.errors import NoTargetError
+
 
 @dataclass(frozen=True)
 class AccumulationPlan:
@@ -168,12 +170,12 @@ def weights(counts: Sequence[float]) -> tuple[float, ...]:
         the mean of the batch; an unweighted mean of means is wrong for every ragged split.
 
     Raises:
-        ValueError: A count is negative, or all of them are zero.
+        NoTargetError: A count is negative, or all of them are zero.
     """
     total = sum(counts)
     if total <= 0 or min(counts) < 0:
-        raise ValueError(
+        raise NoTargetError(
             f"counts={list(counts)}; must be non-negative with a positive sum: "
-            "a batch without any target has no mean loss."
+            "a batch without any target has no mean loss; skip it."
         )
     return tuple(count / total for count in counts)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import random
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import numpy as np
+import torch
 
 from bs_optuna.errors import TaskError
 from bs_optuna.tasks import digits
@@ -26,11 +30,17 @@ _FILE_PREFIX = "bs_optuna_task_"
 def load_task(spec: str) -> TrainingTask:
     """The task that a name, ``FILE.py``, ``FILE.py:FUNCTION`` or ``MODULE:FUNCTION`` stands for.
 
+    Its code finds the generators of Python, NumPy and PyTorch seeded, and leaves them as they are.
+
     Raises:
         TaskError: There is no such task, file, module or function, or what it gives is no task.
     """
     if spec in BUILT_IN:
         return BUILT_IN[spec]()
+    # Another process, or another day, must split its data alike.
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
     source, _, function = spec.partition(":")
     if source.endswith(".py"):
         module = _module_from_file(spec, Path(source))

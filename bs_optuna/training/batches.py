@@ -36,14 +36,27 @@ def take(batch: Any, samples: slice | torch.Tensor) -> Any:
     """The given samples of every tensor in a pytree; a slice gives views.
 
     Raises:
-        TypeError: A tensor is a nested one.
+        TypeError: A tensor is a nested one, or a sparse one of compressed rows, say.
     """
     if any(getattr(leaf, "is_nested", False) for leaf in optree.tree_leaves(batch)):
         raise TypeError(
             "The batch holds a nested tensor, which cannot be cut into microbatches; pad it, as "
             "with torch.nested.to_padded_tensor, and see lengths and trim."
         )
-    return optree.tree_map(lambda leaf: leaf[samples], batch)
+    return optree.tree_map(lambda leaf: _taken(leaf, samples), batch)
+
+
+def _taken(leaf: torch.Tensor, samples: slice | torch.Tensor) -> torch.Tensor:
+    if leaf.layout == torch.strided:
+        return leaf[samples]
+    if leaf.layout != torch.sparse_coo:
+        raise TypeError(
+            f"The batch holds a tensor of layout {leaf.layout}, which cannot be cut into "
+            "microbatches; make it dense, or tensor.to_sparse_coo()."
+        )
+    if isinstance(samples, slice):
+        samples = torch.arange(*samples.indices(len(leaf)))
+    return leaf.index_select(0, samples.to(leaf.device))
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 from typing import Literal
 
@@ -107,13 +108,33 @@ class Cutting:
         """What the mean of each part is taken over."""
         if self.count is None:
             return plan.sizes
-        return [float(self.count(*part)) for part in parts]
+        return [counted(self.count, part) for part in parts]
 
     def _lengths(self, batch: Batch, samples: int) -> tuple[int, ...]:
         if self.lengths is None:
             assert self.count is not None
-            return tuple(int(self.count(*take(batch, slice(i, i + 1)))) for i in range(samples))
+            singles = (take(batch, slice(i, i + 1)) for i in range(samples))
+            return tuple(int(counted(self.count, single)) for single in singles)
         return sample_lengths(self.lengths, batch)
+
+
+def counted(count: Count, batch: Batch) -> float:
+    """What the mean over a batch is taken over.
+
+    Raises:
+        TypeError: ``count`` returned something else than one number.
+    """
+    found = count(*batch)
+    if isinstance(found, torch.Tensor) and found.numel() != 1:
+        described = f"a tensor of shape {tuple(found.shape)}"
+    elif isinstance(found, torch.Tensor | Real) or hasattr(found, "__float__"):
+        return float(found)
+    else:
+        described = f"a {type(found).__name__}"
+    raise TypeError(
+        f"count returned {described}; must return one number, what the mean over all of its "
+        "samples is taken over, such as (targets != -100).sum()."
+    )
 
 
 def sample_lengths(lengths: Lengths, batch: Batch) -> tuple[int, ...]:

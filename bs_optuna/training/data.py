@@ -117,11 +117,26 @@ def _collate(samples: list[Any]) -> tuple[Any, Any]:
     """Stacks samples leaf by leaf; tuples stay tuples, which the model is called with apart."""
     first = samples[0]
     if not (isinstance(first, tuple | list) and len(first) == 2):
+        of = f" of {len(first)}" if isinstance(first, tuple | list) else ""
         raise TaskError(
-            f"The data set yields a {type(first).__name__}; must yield pairs (inputs, targets)."
+            f"The data set yields a {type(first).__name__}{of}; must yield pairs (inputs, targets)."
         )
     inputs, targets = (
-        optree.tree_map(lambda *leaves: default_collate(list(leaves)), *parts)
+        optree.tree_map(_stacked, *parts)
         for parts in zip(*(map(plain, sample) for sample in samples), strict=True)
     )
     return inputs, targets
+
+
+def _stacked(*leaves: Any) -> Any:
+    try:
+        return default_collate(list(leaves))
+    except RuntimeError:
+        shapes = sorted({tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)})
+        if len(shapes) < 2:
+            raise
+        raise TaskError(
+            f"The data set yields tensors of the shapes {shapes[0]} and {shapes[-1]} in the same "
+            "place, which cannot be put into one batch; pad them to one shape (see lengths, trim "
+            "and count)."
+        ) from None

@@ -14,11 +14,13 @@ from bs_optuna.errors import TaskError
 from bs_optuna.training.batches import batch_length
 from bs_optuna.training.batches import call_model
 from bs_optuna.training.batches import moved
+from bs_optuna.training.cutting import counted
 from bs_optuna.training.data import Data
 from bs_optuna.training.data import evaluation_batches
 from bs_optuna.training.data import length
 from bs_optuna.training.lost import Lost
 from bs_optuna.training.means import judged
+from bs_optuna.training.modes import evaluating
 from bs_optuna.training.onednn import give_up_onednn
 from bs_optuna.training.onednn import working_onednn
 from bs_optuna.training.oom import OutOfMemory
@@ -73,7 +75,7 @@ class Evaluation:
         """The mean loss, as ``"loss"``, and the mean of each metric.
 
         Args:
-            model: Put into evaluation mode meanwhile.
+            model: Put into evaluation mode meanwhile, as a loss that is a module.
             data: What to evaluate on.
             within: Entered around the evaluation: the limit on memory.
 
@@ -107,18 +109,14 @@ class Evaluation:
     def _attempt(
         self, model: nn.Module, data: Data, within: AbstractContextManager[object]
     ) -> dict[str, float] | OutOfMemory:
-        was_training = model.training
-        model.eval()
         try:
-            with within, working_onednn(), torch.no_grad():
+            with evaluating(model, self._task.loss), within, working_onednn(), torch.no_grad():
                 return self._means(model, data)
         except Exception as error:
             verdict = classify(error)
             if verdict is None:
                 raise
             failed = error
-        finally:
-            model.train(was_training)
         release(failed)
         return verdict
 
@@ -130,7 +128,7 @@ class Evaluation:
         for batch in evaluation_batches(data, batch_size=self.batch_size):
             inputs, targets = moved(batch, device)
             count = self._task.count
-            weight = float(count(inputs, targets) if count else batch_length(batch))
+            weight = counted(count, (inputs, targets)) if count else float(batch_length(batch))
             if weight == 0:  # the mean over nothing is NaN
                 continue
             outputs = call_model(model, inputs)

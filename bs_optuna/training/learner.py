@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bs_optuna.training.modes import begin_training
 from bs_optuna.training.random_states import random_states
 from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.run_settings import RunSettings
@@ -33,7 +34,7 @@ class Learner:
 
     Attributes:
         task: With a loss of its own if that is a module, which may hold weights or parameters.
-        model: In training mode.
+        model: In training mode, see `begin_training`.
         modules: What is trained: the model, and the loss if it is a module.
         parameters: Of these.
         optimizer: Of the parameters, at the peak learning rate.
@@ -55,7 +56,7 @@ class Learner:
             self.model = task.new_model().to(device)
             if isinstance(task.loss, nn.Module):
                 self.task = replace(task, loss=copy.deepcopy(task.loss).to(device))
-        self.model.train()
+        begin_training(self.model)
         self.modules = [m for m in (self.model, self.task.loss) if isinstance(m, nn.Module)]
         self.parameters = parameters_of(self.modules)
         make_optimizer = optimizer_factory(task.optimizer)

@@ -11,6 +11,7 @@ from weakref import WeakMethod
 import torch
 
 from bs_optuna.errors import MicrobatchDoesNotFitError
+from bs_optuna.errors import NoTargetError
 from bs_optuna.science.accumulation import AccumulationPlan
 from bs_optuna.science.noise_scale import NoiseReading
 from bs_optuna.training.backward import AccumulatedBackward
@@ -272,7 +273,8 @@ class TrainingRun:
         fitted, failures = self.fits, len(self.failed_sizes)
         with self._limit.active():
             loss = self._gradient(inputs, targets)
-            self._guarded_step()
+            if loss is not None:
+                self._guarded_step()
         failed = len(self.failed_sizes) > failures
         self.fits = self._held if failed else max(self.fits, self._held)
         self.ran = max(self.ran, self._held)
@@ -285,7 +287,7 @@ class TrainingRun:
         self.samples += settings.batch_size
         self.steps += 1
         if self._device.type == "cpu" or not self._total or self.steps % STEPS_BETWEEN_CHECKS == 0:
-            check_training_loss(float(loss), self.samples)
+            check_training_loss(0.0 if loss is None else float(loss), self.samples)
         if any(lost.attempts for lost in self._losses):
             check_thrashing(self.lost, settings.batch_size, self.seconds, settings.oom_budget)
         taken = time.perf_counter() - begin
@@ -293,9 +295,12 @@ class TrainingRun:
         if settings.budget.unit == "seconds":
             self._step_progress = taken / settings.budget.amount
 
-    def _gradient(self, inputs: object, targets: object) -> torch.Tensor:
+    def _gradient(self, inputs: object, targets: object) -> torch.Tensor | None:
+        """The loss, whose gradients there are then; None for a batch without any target."""
         try:
             result = self._backward(inputs, targets)
+        except NoTargetError:
+            return None
         except MicrobatchDoesNotFitError as error:
             self.failed_sizes += map(self._unit.size, error.sizes_failed)
             self.gave_up = error.sizes_failed[-1:] == error.sizes_tried[-1:]

@@ -18,7 +18,7 @@ from torch import nn
 
 from bs_optuna.training.data import first_samples
 from bs_optuna.training.host_memory import total_host_bytes
-from bs_optuna.training.recipes import optimizer_factory
+from bs_optuna.training.recipes import checked_optimizer
 from bs_optuna.training.snapshot import parameters_of
 from bs_optuna.training.task import TrainingTask
 
@@ -41,7 +41,7 @@ def memory_key(
     classes call are not looked into.
 
     Args:
-        task: Its model is built twice, and its optimizer once.
+        task: Its model and its optimizer are built twice.
         device: Where it is trained.
         limit_bytes: The limit on memory, if there is one.
         processes: How many share the memory, where each has no limit of its own.
@@ -133,7 +133,7 @@ def _code(function: Any) -> Any:
 def _optimizer(task: TrainingTask, model: nn.Module) -> Any:
     # Built, as a function or a lambda has no name that tells what it makes.
     trained = parameters_of([m for m in (model, task.loss) if isinstance(m, nn.Module)])
-    made = optimizer_factory(task.optimizer)(trained, 1e-3)
+    made = checked_optimizer(task.optimizer, trained)
     # Whether there is momentum decides how many states there are; how much does not.
     settings = {
         key: bool(value) if isinstance(value, int | float) else _plain(value)

@@ -32,6 +32,8 @@ from bs_optuna.training.data import first_samples
 from bs_optuna.training.fake_leftovers import own_copy
 from bs_optuna.training.live_storages import LiveStorages
 from bs_optuna.training.live_storages import TooManyOperationsError
+from bs_optuna.training.modes import begin_training
+from bs_optuna.training.modes import evaluating
 from bs_optuna.training.oom import release
 from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.snapshot import parameters_of
@@ -77,7 +79,7 @@ class MemoryProbe:
         self._sample: Any = first_samples(task.train_data, 1)
         self._evaluated: Any = first_samples(task.valid_data, 1)  # it may be larger
         self._sample_bytes = bytes_per_sample(task.train_data, self._device)
-        self._model = self._made(task).train()
+        self._model = begin_training(self._made(task))
         with self._tracing():
             fake = _fake_tensors(task.loss, self._device)
         # As a trial copies it; outside, because its own tensors that are no buffers are constants.
@@ -160,7 +162,7 @@ class MemoryProbe:
             raise UntraceableError(
                 f"Memory cannot be predicted: a step takes more than {MOST_OPERATIONS:,} "
                 "operations, which would take long to follow; give --memory-limit, under which it "
-                "is measured, or run it to see what fits."
+                "is measured unless samples vary in length, or run it to see what fits."
             ) from None
         except TaskError:
             raise
@@ -169,7 +171,7 @@ class MemoryProbe:
             raise UntraceableError(
                 f"Memory cannot be predicted: {type(error).__name__}: {reason}. The training needs "
                 "values, or what has no fake counterpart; give --memory-limit, under which it is "
-                "measured, or run it to see what fits."
+                "measured unless samples vary in length, or run it to see what fits."
             ) from error
         finally:
             _FAKE_TENSORS.disabled = False
@@ -205,17 +207,14 @@ class MemoryProbe:
         return self._storages.peak - size * self._sample_bytes
 
     def _evaluation(self, size: int) -> int:
-        self._model.eval()
-        try:
-            # The fused transformer layer is one operation, which does not tell what it needs.
-            with self._tracing(), torch.no_grad(), _without_fused_layers():
-                self._storages.peak = self._storages.live
-                inputs, targets = moved(_repeated(self._evaluated, size), self._device)
-                outputs = call_model(self._model, inputs)
-                for function in (self._loss, *self._metrics):
-                    function(outputs, targets)
-        finally:  # steps of other sizes are followed after it
-            self._model.train()
+        # The fused transformer layer is one operation, which does not tell what it needs.
+        modes = evaluating(self._model, self._loss)
+        with modes, self._tracing(), torch.no_grad(), _without_fused_layers():
+            self._storages.peak = self._storages.live
+            inputs, targets = moved(_repeated(self._evaluated, size), self._device)
+            outputs = call_model(self._model, inputs)
+            for function in (self._loss, *self._metrics):
+                function(outputs, targets)
         return self._storages.peak
 
 

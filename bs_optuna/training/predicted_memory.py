@@ -214,7 +214,7 @@ class PredictedMemory:
         if 2 * (measured - expected) <= available_bytes - usable_bytes(available_bytes):
             return False
         _logger.info(
-            "A step with microbatch_size=%d takes %d bytes, not %d as predicted: memory is "
+            "A step with microbatch_size=%d takes %.0f bytes, not %.0f as predicted: memory is "
             "measured.", half, measured, expected
         )  # fmt: skip
         return True

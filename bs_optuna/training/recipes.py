@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -27,6 +29,7 @@ def _sgd(parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> torc
     return torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9)
 
 
+_RATES = (1e-3, 2e-3)
 OPTIMIZERS: dict[str, OptimizerFactory] = {"adamw": _adamw, "sgd": _sgd}
 
 
@@ -47,6 +50,35 @@ def optimizer_factory(optimizer: str | OptimizerFactory) -> OptimizerFactory:
             "or a function of parameters and learning rate."
         )
     return OPTIMIZERS[optimizer]
+
+
+def checked_optimizer(
+    optimizer: str | OptimizerFactory, parameters: Sequence[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    """One for the parameters, once it is clear that it trains them at the rate it is given.
+
+    Warns if it leaves some out.
+
+    Raises:
+        TaskError: It ignores the learning rate, or cannot be used.
+    """
+    make = optimizer_factory(optimizer)
+    found, other = make(parameters, _RATES[0]), make(parameters, _RATES[1])
+    rates = [[float(group["lr"]) for group in made.param_groups] for made in (found, other)]
+    if rates[0] == rates[1]:
+        raise TaskError(
+            f"the {type(found).__name__} that optimizer returns has the learning rate "
+            f"{rates[0][0]:g} whichever it is given, so that there is nothing to tune; pass it on: "
+            "optimizer=lambda parameters, lr: AdamW(parameters, lr=lr)."
+        )
+    held = {id(p) for group in found.param_groups for p in group["params"]}
+    if left := sum(p.requires_grad and id(p) not in held for p in parameters):
+        warnings.warn(
+            f"The optimizer leaves out {left} of {len(parameters)} parameters, which are never "
+            "trained; give it all, or freeze them with requires_grad_(False).",
+            stacklevel=2,
+        )
+    return found
 
 
 def _checked(

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 from typing import Literal
 from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -24,14 +25,17 @@ from bs_optuna.training.data import Data
 from bs_optuna.training.data import as_data
 from bs_optuna.training.data import evaluation_batches
 from bs_optuna.training.data import length
+from bs_optuna.training.normalization import active_batch_norms
 from bs_optuna.training.recipes import OptimizerFactory
 from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.weighted_pass import LossFunction
 
 
 UNNAMED = "task"
-# All that `new_model` has returned, as long as they live.
+# All that `new_model` has returned, and every BatchNorm in them that trains, as long as they live.
 _MADE: WeakSet[nn.Module] = WeakSet()
+# Every trainable parameter of these, by its id: a tensor cannot be looked for in a set.
+_TRAINED: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
 _READ_AT_ONCE = 256  # samples, while the longest is sought
 
 
@@ -123,7 +127,8 @@ class TrainingTask:
         """A model of its own for each training.
 
         Raises:
-            TaskError: ``model`` returned no module, or one that it had returned before.
+            TaskError: ``model`` returned no module, or one that it had returned before, or that
+                shares what it trains with one.
         """
         model = self.model()
         if not isinstance(model, nn.Module):
@@ -134,6 +139,15 @@ class TrainingTask:
                 "its trained weights; make a new one in each call: model=lambda: Net()."
             )
         _MADE.add(model)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                if _TRAINED.get(id(parameter)) is parameter:
+                    raise _shared(f"the parameter {name!r}", "or freeze it")
+                _TRAINED[id(parameter)] = parameter
+        for norm in active_batch_norms([model]):
+            if norm is not model and norm in _MADE:
+                raise _shared(f"a {type(norm).__name__}", "or put it into evaluation mode")
+            _MADE.add(norm)
         return model
 
     @property
@@ -158,3 +172,10 @@ class TrainingTask:
         if longest < 1:
             raise TaskError(f"lengths gave at most {longest}; must be positive for some sample.")
         return longest
+
+
+def _shared(what: str, otherwise: str) -> TaskError:
+    return TaskError(
+        f"model returned {what} that an earlier model had, which would go on from its training; "
+        f"make it anew in each call, as with copy.deepcopy, {otherwise}."
+    )

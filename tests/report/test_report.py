@@ -89,6 +89,14 @@ def test_a_noise_scale_is_told_as_far_as_it_is_known(tuning: Tuning) -> None:
     assert "scale 1,000, over 3,000 samples after 50, 100 % of the training" in text
 
 
+def test_long_names_keep_their_distance(tuning: Tuning) -> None:
+    conclusion = conclude(tuning, final_runs=0)
+    assert conclusion is not None
+    found = replace(conclusion, valid={"whole_sentences_right": [0.04402]})
+    text = shown(summary(tuning, found))
+    assert "  validation whole_sentences_right  0.04402 " in text
+
+
 def test_the_summary_counts_samples_that_vary_by_the_longest(tmp_path: Path) -> None:
     config = StudyConfig(
         trials=2, budget="samples=64", storage=f"{tmp_path}/study.db", device="cpu", final_runs=0,

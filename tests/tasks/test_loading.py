@@ -121,3 +121,19 @@ def test_a_file_has_its_own_name_so_that_other_processes_find_it(module: Path) -
     module.write_text(f"{MODULE}\nclass Own: pass\n")
     load_task(f"{module}:build")
     assert sys.modules[module.stem].Own.__module__ == module.stem
+
+
+def test_data_is_split_alike_in_every_process(tmp_path: Path) -> None:
+    path = tmp_path / "drawn.py"
+    path.write_text(
+        "import random, numpy, torch\n"
+        "from bs_optuna.tasks import digits\n"
+        "drawn = (random.random(), numpy.random.rand(), torch.rand(()).item())\n"
+        "task = digits.task\n"
+    )
+    found = []
+    for _ in range(2):
+        load_task(str(path))
+        name = next(name for name in sys.modules if name.endswith("drawn"))
+        found.append(sys.modules.pop(name).drawn)
+    assert found[0] == found[1]

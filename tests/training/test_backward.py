@@ -264,6 +264,32 @@ def test_a_nested_tensor_may_be_a_whole_batch_but_not_cut() -> None:
         AccumulatedBackward(nn.Linear(3, 1), loss_fn, microbatch_size=1)(inputs)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+def test_a_sparse_batch_is_cut_where_its_layout_lets_it() -> None:
+    dense = torch.randn(12, 5, dtype=torch.float64) * (torch.rand(12, 5) > 0.5)
+    weight = torch.randn(5, dtype=torch.float64)
+
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(weight.clone())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.mv(x, self.weight)
+
+    gradients = []
+    for inputs in (dense, dense.to_sparse_coo()):
+        model = Sparse()
+        loss = nn.functional.mse_loss
+        AccumulatedBackward(model, loss, microbatch_size=5)(inputs, torch.ones(12).double())
+        gradients.append(model.weight.grad)
+    torch.testing.assert_close(*gradients)
+    with pytest.raises(TypeError, match=r"layout torch.sparse_csr, which cannot be cut"):
+        AccumulatedBackward(Sparse(), nn.functional.mse_loss, microbatch_size=5)(
+            dense.to_sparse_csr(), torch.ones(12).double()
+        )
+
+
 def test_a_batch_that_was_computed_is_refused_before_anything_runs() -> None:
     model, source = mlp(), torch.ones(8, 5, dtype=torch.float64, requires_grad=True)
     computed, targets = source * 2, torch.randint(3, (8,))

@@ -109,6 +109,18 @@ def test_a_task_refuses_what_it_cannot_use(changes: dict[str, Any], message: str
         make_task(**changes)
 
 
+class Ragged(Squares):
+    """Samples of different shapes."""
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.zeros(index + 1), index
+
+
+def test_samples_of_different_shapes_are_refused_by_their_shapes() -> None:
+    with pytest.raises(TaskError, match=r"shapes \(1,\) and \(4,\) in the same place, .* pad them"):
+        next(evaluation_batches(Ragged(4), batch_size=4))
+
+
 def test_a_data_set_of_something_else_than_pairs_is_refused() -> None:
     with pytest.raises(TaskError, match="must yield pairs"):
         next(evaluation_batches(TensorDataset(torch.zeros(4, 1)), batch_size=2))

@@ -133,3 +133,53 @@ def test_data_without_any_target_has_no_mean(study: optuna.Study) -> None:
     task = make_task(valid_data=nothing, count=lambda inputs, targets: (targets != -100).sum())
     with pytest.raises(TaskError, match="count is 0 for all of the data that is evaluated"):
         run_trial(make_objective(task), study, batch_size=32, lr=0.5)
+
+
+def test_a_trainable_part_of_all_models_is_refused(study: optuna.Study) -> None:
+    base = nn.Linear(4, 4)
+    task = make_task(model=lambda: nn.Sequential(base, nn.Linear(4, 3)))
+    with pytest.raises(
+        TaskError, match=r"parameter '0.weight' that an earlier model had, .*deepcopy"
+    ):
+        make_objective(task)
+    base.requires_grad_(False)  # frozen, as with adapters, it may be shared
+    trial = run_trial(make_objective(task), study, batch_size=32, lr=0.5)
+    assert trial.state == TrialState.COMPLETE
+
+
+def test_a_shared_batch_norm_would_remember_other_trials() -> None:
+    base = nn.BatchNorm1d(4, affine=False)
+    task = make_task(model=lambda: nn.Sequential(base, nn.Linear(4, 3)))
+    with pytest.raises(TaskError, match=r"a BatchNorm1d that an earlier model had, .* evaluation"):
+        make_objective(task)
+    base.eval()
+    make_objective(task)
+
+
+def test_an_optimizer_that_ignores_the_learning_rate_is_refused() -> None:
+    task = make_task(optimizer=lambda p, lr: torch.optim.AdamW(p))
+    with pytest.raises(TaskError, match=r"has the learning rate 0\.001 whichever it is"):
+        make_objective(task)
+
+
+def test_an_optimizer_that_leaves_parameters_out_is_warned_of() -> None:
+    task = make_task(optimizer=lambda p, lr: torch.optim.SGD([next(iter(p))], lr=lr))
+    with pytest.warns(UserWarning, match="leaves out 1 of 2 parameters, which are never trained"):
+        make_objective(task)
+
+
+def test_a_count_of_each_sample_is_no_count(study: optuna.Study) -> None:
+    task = make_task(count=lambda inputs, targets: torch.ones(len(targets)))
+    with pytest.raises(TypeError, match=r"count returned a tensor of shape \(\d+,\); must return"):
+        run_trial(make_objective(task), study, batch_size=32, lr=0.5)
+
+
+def test_a_batch_without_any_target_is_a_step_without_an_update(study: optuna.Study) -> None:
+    """As it happens by chance where batches are small."""
+    inputs, targets = make_task().train_data
+    rare = torch.where(torch.arange(len(targets)) % 16 == 0, targets, -100)
+    task = make_task(train_data=(inputs, rare), count=lambda x, t: (t != -100).sum())
+    trial = run_trial(make_objective(task, batch_size=(2, 64)), study, batch_size=2, lr=0.5)
+    assert trial.state == TrialState.COMPLETE
+    assert trial.user_attrs[attributes.STEPS] == 256
+    assert len(set(trial.intermediate_values.values())) > 1  # the others train
