@@ -41,7 +41,8 @@ def test_the_tasks_of_the_page_about_tasks_are_trained() -> None:
     names: dict[str, Any] = {"__name__": "page"}
     exec("\n".join(blocks), names)  # each goes on with the ones before it
     tasks = [names["task"](), names["tags"]()]
-    tasks.append(replace(tasks[0], optimizer=names["without_decay_of_biases"]))
+    tasks += [replace(tasks[0], optimizer=names[n]) for n in ("without_decay_of_biases", "clipped")]
+    tasks += [replace(tasks[0], model=names[n]) for n in ("fine_tuned", "frozen")]
     for task in tasks:
         study = optuna.create_study()
         objective = TrainingObjective(
