@@ -175,14 +175,18 @@ def _chance(study: optuna.Study, conclusion: Conclusion, evidence: Recommendatio
 
 def _noise(conclusion: Conclusion) -> str:
     """The noise scale over the training, which is a guide to the critical batch size."""
-    scales = [
-        f"over {conclusion.noise_samples:,}" if scale is None else f"{float(f'{scale:.1g}'):,.0f}"
-        for scale in conclusion.noise_scales.values()
-    ]
-    parts = ", ".join(conclusion.noise_scales)
+    told = {part: scale for part, scale in conclusion.noise_scales.items() if scale is not None}
+    untold = [part for part in conclusion.noise_scales if part not in told]
+    found = []
+    if told:
+        scales = ", ".join(f"{float(f'{scale:.1g}'):,.0f}" for scale in told.values())
+        found.append(f"scale {scales} samples after {', '.join(told)} % of the training")
+    if untold:
+        samples = f"{conclusion.noise_samples:,} samples"
+        found.append(f"too large to tell from {samples} after {', '.join(untold)} %")
     return (
-        f"scale {', '.join(scales)} samples after {parts} % of the training: batches far below it "
-        "make the most of each sample, batches far above it save hardly a step (a guide within 3x)"
+        f"{', '.join(found)}; batches far below it make the most of each sample, batches far above "
+        "it save hardly a step (a guide within 3x)"
     )
 
 
