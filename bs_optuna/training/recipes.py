@@ -7,6 +7,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -64,11 +65,12 @@ def checked_optimizer(
     """
     make = optimizer_factory(optimizer)
     found, other = make(parameters, _RATES[0]), make(parameters, _RATES[1])
-    rates = [[float(group["lr"]) for group in made.param_groups] for made in (found, other)]
-    if rates[0] == rates[1]:
+    rates: list[Any] = [group.get("lr") for group in found.param_groups]
+    others: list[Any] = [group.get("lr") for group in other.param_groups]
+    if all(one is None or float(one) == float(two) for one, two in zip(rates, others, strict=True)):
         raise TaskError(
             f"the {type(found).__name__} that optimizer returns has the learning rate "
-            f"{rates[0][0]:g} whichever it is given, so that there is nothing to tune; pass it on: "
+            f"{rates[0]} whichever it is given, so that there is nothing to tune; pass it on: "
             "optimizer=lambda parameters, lr: AdamW(parameters, lr=lr)."
         )
     held = {id(p) for group in found.param_groups for p in group["params"]}

@@ -156,9 +156,16 @@ def test_a_shared_batch_norm_would_remember_other_trials() -> None:
     make_objective(task)
 
 
-def test_an_optimizer_that_ignores_the_learning_rate_is_refused() -> None:
-    task = make_task(optimizer=lambda p, lr: torch.optim.AdamW(p))
-    with pytest.raises(TaskError, match=r"has the learning rate 0\.001 whichever it is"):
+@pytest.mark.parametrize("fixed", [1e-3, None])
+def test_an_optimizer_that_ignores_the_learning_rate_is_refused(fixed: float | None) -> None:
+    class Relative(torch.optim.Optimizer):
+        """As Adafactor with steps of its own."""
+
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {"lr": fixed})
+
+    task = make_task(optimizer=lambda parameters, lr: Relative(parameters))
+    with pytest.raises(TaskError, match=rf"has the learning rate {fixed} whichever it is given"):
         make_objective(task)
 
 
