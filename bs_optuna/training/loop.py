@@ -200,7 +200,7 @@ class TrainingRun:
         """What so many training samples say of the gradient's noise as the model is now.
 
         Returns:
-            None if memory ran out over it, or they cannot be cut.
+            None if that failed, for want of memory or otherwise.
         """
         data, seed = self._task.train_data, self.settings.seed + self.steps
         with kept_random_states(self._device):  # which a data set may draw from

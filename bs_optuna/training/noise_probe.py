@@ -5,6 +5,7 @@ P: samples that are read, n: microbatches that they are cut into.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,11 +24,12 @@ from bs_optuna.training.data import first_samples
 from bs_optuna.training.data import length
 from bs_optuna.training.learner import Learner
 from bs_optuna.training.normalization import active_batch_norms
-from bs_optuna.training.oom import classify
 from bs_optuna.training.oom import empty_caches
 from bs_optuna.training.oom import release
 from bs_optuna.training.snapshot import StepSnapshot
 
+
+_logger = logging.getLogger(__name__)
 
 MICROBATCHES = 16
 # A reading is worth one part in so many of the samples that a run is trained on.
@@ -64,7 +66,7 @@ def read_gradient_noise(
         microbatch_size: The most that is known to fit.
 
     Returns:
-        None if memory ran out, or P is too small to be cut.
+        None if P is too small to be cut, memory ran out or anything else failed.
     """
     size = min(microbatch_size, -(-batch_length(batch) // MICROBATCHES))
     scale = NoiseScale(decay=0.0)
@@ -93,8 +95,8 @@ def read_gradient_noise(
             failed = error
         before.restore()
     if failed is not None:
-        if classify(failed) is None:
-            raise failed
+        # The training goes on, whatever it was: code that cannot take so few samples, say.
+        _logger.info("the gradient noise was not read: %s: %s", type(failed).__name__, failed)
         release(failed)
         empty_caches()
     return scale.averages

@@ -130,6 +130,23 @@ def test_memory_that_runs_out_over_a_reading_costs_only_that() -> None:
     assert run.lost.attempts == 0
 
 
+def test_code_that_refuses_so_few_samples_costs_only_the_reading() -> None:
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if len(targets) < 16:
+            raise ValueError("made for more")
+        return cross_entropy(outputs, targets)
+
+    task = make_task(loss=loss)
+    run = make_run(task)
+    for _ in run.evaluations():
+        assert run.gradient_noise(64) is None
+    assert run.steps == 20
+    plain = make_run(task)
+    for _ in plain.evaluations():
+        pass
+    assert run.values == plain.values
+
+
 @pytest.mark.parametrize(
     ("samples", "features", "batch_size", "run_samples", "read"),
     [
