@@ -14,7 +14,9 @@ import argparse
 import importlib.util
 import json
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 import memory_systems
@@ -42,8 +44,10 @@ def child(system: str) -> None:
 
 def measure(system: str, mib: int) -> dict[str, Any]:
     """What a row met; with how many processes were killed."""
-    with control_group(mib) as group:
-        process = group.run([sys.executable, __file__, "--child", system])
+    # Lightning leaves a checkpoint behind where it is killed.
+    with control_group(mib) as group, tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(Path(__file__).resolve()), "--child", system]
+        process = group.run(command, folder=Path(folder))
         kills = group.kills
     if process.returncode and not kills:
         raise SystemExit(process.stderr)

@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -60,13 +61,16 @@ def child(system: str, device: torch.device, limit_bytes: int) -> None:
 
 def measure(system: str, device: str, mib: int) -> dict[str, Any]:
     """What a row met, in a fresh process."""
-    process = subprocess.run(
-        [sys.executable, __file__, "--child", system, "--device", device, "--limits", str(mib)],
-        env={**os.environ, **LIMIT_ENVIRONMENT, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", system]
+    with tempfile.TemporaryDirectory() as folder:  # for what Lightning leaves behind
+        process = subprocess.run(
+            [*command, "--device", device, "--limits", str(mib)],
+            cwd=folder,
+            env={**os.environ, **LIMIT_ENVIRONMENT, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if process.returncode:
         return {"died": (process.stderr.strip().splitlines() or ["no word"])[-1]}
     found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])

@@ -31,6 +31,7 @@ LINE_WIDTH = 98
 NEAR = 3
 NEAR_TRIALS = 5
 NOTICEABLE = 1.25
+FAR = 3  # times the noise scale, or a part of it; it tells the critical batch size no better
 # What a budget can and cannot tell (Godbole et al., Deep Learning Tuning Playbook).
 _CAVEATS = {
     "samples": "equal samples favour small batches; for the fastest training compare seconds",
@@ -174,20 +175,28 @@ def _chance(study: optuna.Study, conclusion: Conclusion, evidence: Recommendatio
 
 
 def _noise(conclusion: Conclusion) -> str:
-    """The noise scale over the training, which is a guide to the critical batch size."""
-    told = {part: scale for part, scale in conclusion.noise_scales.items() if scale is not None}
-    untold = [part for part in conclusion.noise_scales if part not in told]
-    found = []
-    if told:
-        scales = ", ".join(f"{float(f'{scale:.1g}'):,.0f}" for scale in told.values())
-        found.append(f"scale {scales} samples after {', '.join(told)} % of the training")
+    """The noise scale over the training, a guide to the critical batch size, and a verdict."""
+    scales, batch_size = conclusion.noise_scales, conclusion.batch_size
+    told = [f"{_rounded(scale)} at {k} %" for k, scale in scales.items() if scale is not None]
+    untold = [part for part, scale in scales.items() if scale is None]
     if untold:
-        samples = f"{conclusion.noise_samples:,} samples"
-        found.append(f"too large to tell from {samples} after {', '.join(untold)} %")
+        samples = f"{conclusion.noise_samples:,}"
+        told.append(f"more than {samples} samples tell at {', '.join(untold)} %")
+    middle = statistics.median(math.inf if scale is None else scale for scale in scales.values())
+    if batch_size * FAR < middle:
+        verdict = "far below it: larger ones need fewer steps, for few samples more"
+    elif batch_size > middle * FAR:
+        verdict = "far above it: smaller ones need fewer samples, for few steps more"
+    else:
+        verdict = "near it: larger ones save less and less"
     return (
-        f"{', '.join(found)}; batches far below it make the most of each sample, batches far above "
-        "it save hardly a step (a guide within 3x)"
+        f"its scale is {', '.join(told)} of the training; a batch of {batch_size} is {verdict} "
+        f"(a guide within {FAR}x)"
     )
+
+
+def _rounded(number: float) -> str:
+    return f"{float(f'{number:.2g}'):,.0f}"
 
 
 def percent(chance: float) -> str:

@@ -47,5 +47,6 @@ CHECKPOINT = "checkpoint"  # str, name of the file that all attempts share
 # Of a study.
 CONFIG = "config"  # dict, the StudyConfig that made it
 EXPERIMENT = "experiment"  # dict, what its trials must share: task, objective, optimizer, budget
+TARGET = "target"  # int, finished trials that the last command was to end with
 RECOMMENDATION = "recommendation"  # dict, the summary's figures
 SUGGESTED = "suggested_"  # dict each, what a process was given that it has not stored yet

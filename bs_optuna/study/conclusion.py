@@ -48,7 +48,7 @@ class Conclusion:
         failed: Final runs that diverged or ran out of memory.
         noise_scales: Gradient noise scale in samples, over all final runs, by the part of the run,
             in hundredths, after which it was read; None where it is more than can be told.
-        noise_samples: Samples that each of them was read from.
+        noise_samples: Samples that each of them was read from, in all runs together.
     """
 
     batch_size: int

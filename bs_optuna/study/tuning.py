@@ -219,10 +219,12 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
     check_experiment(study, experiment)
     _name_value(study, f"validation {task.objective}")
     shown = without_password(storage)
+    target = _target(study, config.trials)
     if config.trials:
+        study.set_user_attr(attributes.TARGET, target)
         stored = {**config.model_dump(mode="json"), "storage": shown, "study": name}
         study.set_user_attr(attributes.CONFIG, stored)
-    return Tuning(task, objective, study, database, shown, _target(study, config.trials))
+    return Tuning(task, objective, study, database, shown, target)
 
 
 def storage_of(config: StudyConfig, task: TrainingTask) -> str:
@@ -250,12 +252,17 @@ def _check_reference(config: StudyConfig, rates: tuple[float, float]) -> None:
 def _target(study: optuna.Study, trials: int) -> int:
     """Finished trials to have in the end: those asked for, or if they are there, as many more.
 
-    A study that has them but was interrupted before its final runs gets these first.
+    What was interrupted on the way to some goes on to that; a study that has all, but was
+    interrupted before its final runs, gets these first.
     """
     finished = len(study.get_trials(deepcopy=False, states=FINISHED))
     concluded = study.user_attrs.get(attributes.RECOMMENDATION, {}).get("trials") == finished
     if finished < trials:
         return trials
+    asked_before = study.user_attrs.get(attributes.CONFIG, {}).get("trials")
+    target = study.user_attrs.get(attributes.TARGET, 0)
+    if asked_before == trials and finished < target:
+        return int(target)
     return finished + trials if concluded else finished
 
 

@@ -1,4 +1,4 @@
-"""Reads the gradient noise of a model as it stands, from samples that are not trained on.
+"""Reads the gradient noise of a model as it stands, from training samples but without a step.
 
 P: samples that are read, n: microbatches that they are cut into.
 """

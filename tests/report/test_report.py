@@ -83,12 +83,17 @@ def test_a_noise_scale_is_told_as_far_as_it_is_known(tuning: Tuning) -> None:
     assert conclusion is not None
     assert conclusion.noise_scales == {}
     assert "gradient noise" not in shown(summary(tuning, conclusion))
-    scales = {"25": 123.4, "50": 1234.5, "100": None}
-    for told, words in (
-        (scales, "scale 100, 1,000 samples after 25, 50 % of the training, too large to tell from"),
-        ({"100": None}, "gradient noise too large to tell from 3,000 samples after 100 %;"),
+    for scales, words in (
+        (
+            {"25": 128.4, "50": 1234.5, "100": None},
+            "its scale is 130 at 25 %, 1,200 at 50 %, more than 3,000 samples tell at 100 % of the "
+            "training; a batch of 16 is far below it: larger ones",
+        ),
+        ({"50": 32.0}, "its scale is 32 at 50 % of the training; a batch of 16 is near it"),
+        ({"50": 5.0}, "a batch of 16 is far above it: smaller ones"),
+        ({"50": None}, "a batch of 16 is far below it"),
     ):
-        found = replace(conclusion, noise_scales=told, noise_samples=3000)
+        found = replace(conclusion, batch_size=16, noise_scales=scales, noise_samples=3000)
         assert words in " ".join(shown(summary(tuning, found)).split())
 
 

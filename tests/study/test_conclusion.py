@@ -66,3 +66,24 @@ def test_a_mistake_of_the_task_is_shown(tmp_path: Path) -> None:
     failing.append(ValueError("mend me"))
     with pytest.raises(TrainingError, match=r"^final run 1 of .* ValueError: mend me;"):
         conclude(tuning, final_runs=1)
+
+
+def test_a_continuation_that_was_interrupted_goes_on_to_where_it_was_going(tmp_path: Path) -> None:
+    config = StudyConfig(
+        trials=2, budget="steps=4", storage=f"{tmp_path}/study.db", device="cpu", final_runs=0
+    )
+    nothing: Any = lambda *_: None  # noqa: E731
+
+    def stop(study: object, trial: object) -> None:
+        raise KeyboardInterrupt
+
+    first = prepare(config, digits.task())
+    first.run(timeout=None, started=nothing, ended=nothing)
+    conclude(first, final_runs=0)
+    again = prepare(config, digits.task())
+    assert again.trials == 4
+    with pytest.raises(KeyboardInterrupt):
+        again.run(timeout=None, started=nothing, ended=stop)
+    assert prepare(config, digits.task()).trials == 4
+    # Who asks for fewer has enough: the final runs come next.
+    assert prepare(config.model_copy(update={"trials": 1}), digits.task()).trials == 3
