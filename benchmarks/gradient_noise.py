@@ -2,8 +2,8 @@
 
     python benchmarks/gradient_noise.py
 
-The digits as the README's study recommends to train them, three seeds. What is read costs a part of
-the time of such a run, which is printed too.
+The digits as the README's study recommends to train them, as the final runs of three studies. What
+is read costs a part of the time of such a run, which is printed too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from bs_optuna.training.noise_probe import samples_to_read
 from bs_optuna.training.run_settings import RunSettings
 
 
-SEEDS = 3
+STUDIES = 3
+SEEDS = 3  # final runs of a study
 BATCH_SIZE, LEARNING_RATE, SAMPLES = 16, 1.63e-3, 10056
 CPU = torch.device("cpu")
 
@@ -80,16 +81,21 @@ def run(seed: int) -> tuple[list[NoiseReading], list[NoiseReading], float]:
 def main() -> None:
     """Prints the table."""
     torch.set_flush_denormal(True)
-    runs = [run(seed) for seed in range(SEEDS)]
-    print("| after | of all samples, each seed | of all samples | read |")
-    print("|---|---|---|---|")
-    for k in range(len(runs[0][0])):
-        truths = [truth[k] for _, truth, _ in runs]
-        found = pooled([read[k] for read, _, _ in runs]).noise_scale
-        shown = "no signal" if found is None else f"{found:,.0f}"
-        each = ", ".join(f"{truth.noise_scale:,.0f}" for truth in truths)
-        print(f"| {20 * (k + 1)} % | {each} | {pooled(truths).noise_scale:,.0f} | {shown} |")
-    print("time of reading / time of training:", *(f"{cost:.3f}" for *_, cost in runs))
+    print("| seeds | after | of all samples, each seed | of all samples | read |")
+    print("|---|---|---|---|---|", flush=True)
+    costs = []
+    for first in range(0, STUDIES * SEEDS, SEEDS):
+        runs = [run(seed) for seed in range(first, first + SEEDS)]
+        costs += [cost for *_, cost in runs]
+        for k in range(len(runs[0][0])):
+            truths = [truth[k] for _, truth, _ in runs]
+            found = pooled([read[k] for read, _, _ in runs]).noise_scale
+            shown = "no signal" if found is None else f"{found:,.0f}"
+            each = ", ".join(f"{truth.noise_scale:,.0f}" for truth in truths)
+            exactly = f"{pooled(truths).noise_scale:,.0f}"
+            seeds = f"{first} to {first + SEEDS - 1}"
+            print(f"| {seeds} | {20 * (k + 1)} % | {each} | {exactly} | {shown} |", flush=True)
+    print("time of reading / time of training:", *(f"{cost:.3f}" for cost in costs))
 
 
 if __name__ == "__main__":
