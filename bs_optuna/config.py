@@ -162,7 +162,9 @@ class StudyConfig(BaseModel):
         None, gt=0, allow_inf_nan=False, description="start no trial after so many seconds"
     )
     batch_size: Annotated[tuple[int, int], BeforeValidator(_batch_sizes)] = Field(
-        (16, 512), description="batch sizes to search, LOW:HIGH, or the only one"
+        (16, 512),
+        description="batch sizes to search, LOW:HIGH, or the only one (default: 16:512, or less "
+        "where there are fewer training samples)",
     )
     lr: Annotated[tuple[float, float] | None, BeforeValidator(_learning_rates)] = Field(
         None,
@@ -214,6 +216,13 @@ class StudyConfig(BaseModel):
     def worker_processes(self) -> int:
         """Worker processes that trials run in; 0 if they run in this one."""
         return self.workers or int(self.isolate)
+
+    def for_samples(self, samples: int) -> StudyConfig:
+        """With no larger batches than there are samples, where none were asked for."""
+        if "batch_size" in self.model_fields_set:
+            return self
+        low, high = self.batch_size
+        return self.model_copy(update={"batch_size": (min(low, samples), min(high, samples))})
 
     def as_toml(self) -> str:
         """All settings that are not None, as a file that can be given back."""

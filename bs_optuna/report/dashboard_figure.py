@@ -19,6 +19,7 @@ GRAPH = "bs_optuna"  # without a colon, with which the dashboard shows no study 
 RIDGE = "#e4572e"
 BAND = "rgba(228, 87, 46, 0.15)"
 GREY = "#9aa5b1"
+MIDDLE = "#21918c"  # of the colours of trials
 
 
 def publish_figure(study: optuna.Study) -> bool:
@@ -87,9 +88,21 @@ def draw(ridge: Ridge) -> Figure:
                 "line": {"color": "white", "width": 1},
                 "colorbar": {"tickvals": [0, 1], "ticktext": ["worst", "best"], "thickness": 12},
             },
-            name="complete",
+            showlegend=False,
             text=[f"trial {point.number}: {point.value:.4g}" for point in ridge.complete],
             hovertemplate="%{text}<br>batch size %{x}<br>learning rate %{y:.3g}<extra></extra>",
+        )
+    )
+    named = {"mode": "markers", "hoverinfo": "skip"}
+    dot = {"color": MIDDLE, "size": 11}  # one for all colours
+    figure.add_trace(Scatter(x=[None], y=[None], marker=dot, name="complete", **named))
+    figure.add_trace(
+        Scatter(
+            x=[ridge.recommended[0]],
+            y=[ridge.recommended[1]],
+            marker={"color": RIDGE, "symbol": "circle-open", "size": 19, "line": {"width": 2.5}},
+            name="recommended",
+            **named,
         )
     )
     _dress(figure, ridge)
@@ -104,7 +117,7 @@ def _dress(figure: Figure, ridge: Ridge) -> None:
         template="plotly_white",
         title="Best learning rate for each batch size",
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "left", "x": 0.0},
-        margin={"l": 70, "r": 20, "t": 90, "b": 60},
+        margin={"l": 70, "r": 20, "t": 110, "b": 60},
     )
     figure.update_xaxes(
         title="batch size",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DASH = 1.1  # factor from a batch size to each end of its dash, if it is the only one
 INK = "#1b2a41"
 RIDGE = "#e4572e"
+MIDDLE = "#21918c"  # of the colours of trials
 
 
 def ridge_figure(
@@ -66,7 +67,18 @@ def ridge_figure(
         edgecolors="white",
         linewidths=0.8,
         zorder=3,
-        label="complete",
+    )
+    axes.scatter([], [], c=MIDDLE, s=52, edgecolors="white", linewidths=0.8, label="complete")
+    size, rate = ridge.recommended
+    axes.scatter(
+        [size],
+        [rate],
+        s=170,
+        facecolors="none",
+        edgecolors=RIDGE,
+        linewidths=1.8,
+        zorder=4,
+        label="recommended",
     )
     bar = figure.colorbar(dots, ax=axes, ticks=[0, 1], pad=0.02)
     bar.ax.set_yticklabels(["worst", "best"])

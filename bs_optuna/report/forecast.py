@@ -57,6 +57,7 @@ def forecast(config: StudyConfig, task: TrainingTask) -> Table:
     """
     if config.optimizer is not None:
         task = replace(task, optimizer=config.optimizer)
+    config = config.for_samples(task.train_samples)
     check_enough(task, config.batch_size[1])
     device = device_named(config.device) or default_device()
     memory = _memory(device, config)

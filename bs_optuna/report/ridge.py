@@ -43,12 +43,13 @@ class Ridge:
     """Trials, and the best learning rate for some batch sizes, each with its 90 % interval.
 
     Attributes:
-        complete: At least one.
+        complete: At least one, the best last.
         pruned: Those of the two parameters' trials that were.
         batch_sizes: Between the smallest and the largest that was tried, rising.
         best: Learning rate for each of them.
         low: Lower end of the interval for each.
         high: Upper end of the interval for each.
+        recommended: Batch size and learning rate of the trial that is recommended.
     """
 
     complete: tuple[Point, ...]
@@ -57,6 +58,7 @@ class Ridge:
     best: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
+    recommended: tuple[int, float]
 
     @property
     def tried(self) -> list[float]:
@@ -104,19 +106,23 @@ def read_ridge(
             "number; name one that is with batch_size_name."
         )
     sizes = sorted({round(size) for size in np.geomspace(min(tried), max(tried), POINTS)})
-    found = recommend_each(study, sizes, batch_size_name=names[0], learning_rate_name=names[1])
+    advice, *found = recommend_each(
+        study, [None, *sizes], batch_size_name=names[0], learning_rate_name=names[1]
+    )
     low, high = zip(*(f.learning_rate_interval for f in found), strict=True)
     ranks = _ranks([trial.value or 0.0 for trial in complete], study)
+    points = [
+        Point(t.number, t.params[names[0]], t.params[names[1]], t.value, rank)
+        for t, rank in zip(complete, ranks, strict=True)
+    ]
     return Ridge(
-        complete=tuple(
-            Point(t.number, t.params[names[0]], t.params[names[1]], t.value, rank)
-            for t, rank in zip(complete, ranks, strict=True)
-        ),
+        complete=tuple(sorted(points, key=lambda point: point.rank)),
         pruned=tuple(Point(t.number, t.params[names[0]], t.params[names[1]]) for t in pruned),
         batch_sizes=tuple(sizes),
         best=tuple(f.learning_rate for f in found),
         low=low,
         high=high,
+        recommended=(advice.batch_size, advice.learning_rate),
     )
 
 

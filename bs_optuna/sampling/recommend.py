@@ -79,7 +79,7 @@ def recommend(
 
 def recommend_each(
     study: Study,
-    batch_sizes: Sequence[int],
+    batch_sizes: Sequence[int | None],
     *,
     prior: str | ScalingPrior | None = None,
     batch_size_name: str | None = None,
@@ -90,7 +90,7 @@ def recommend_each(
 
     Args:
         study: As for `recommend`, like all that follow.
-        batch_sizes: Those to ask for.
+        batch_sizes: Those to ask for; None asks for the best setting tried.
         prior: Optimizer or belief.
         batch_size_name: Name of the batch size in the study.
         learning_rate_name: Name of the learning rate in the study.

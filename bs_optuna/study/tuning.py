@@ -172,6 +172,7 @@ def prepare(config: StudyConfig, task: TrainingTask, *, checkpoints: Path | None
             and no trials are asked for.
         TrainingError: The task's own code raised an error.
     """
+    config = config.for_samples(task.train_samples)
     if config.optimizer is not None:
         task = replace(task, optimizer=config.optimizer)
     optimizer = task.optimizer if isinstance(task.optimizer, str) else "unknown"

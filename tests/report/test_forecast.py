@@ -100,6 +100,15 @@ def test_what_a_study_would_refuse_is_not_forecast() -> None:
         forecast(StudyConfig(device="cpu", batch_size="1024:4096"), digits.task())
 
 
+def test_by_default_no_batch_is_larger_than_the_data() -> None:
+    config = StudyConfig(device="cpu")
+    assert config.for_samples(300).batch_size == (16, 300)
+    assert config.for_samples(9).batch_size == (9, 9)
+    assert config.for_samples(10**6) == config
+    asked = StudyConfig(batch_size="16:512")
+    assert asked.for_samples(300) is asked
+
+
 def test_a_dry_run_prints_the_table_and_leaves_nothing(tmp_path: Path) -> None:
     run = run_python(
         *("-m", "bs_optuna.tune", str(WIDE_TASK), "--memory-limit", "12MiB"),

@@ -196,10 +196,12 @@ def test_the_picture_goes_by_the_names_of_the_sampler_and_equal_trials_look_alik
     for rate, value in ((1e-3, 1.0), (1e-2, 0.5), (1e-1, 1.0), (2e-2, 0.6)):
         params = {"bs": 16, "rate": rate}
         study.add_trial(optuna.create_trial(params=params, distributions=space, value=value))
-    (dots,) = (c for c in ridge_figure(study).axes[0].collections if c.get_label() == "complete")
-    colours = dots.get_array()
+    picture = ridge_figure(study).axes[0].collections
+    (colours,) = (c.get_array() for c in picture if c.get_array() is not None)
     assert colours is not None
-    assert colours[0] == colours[2] < colours[3] < colours[1] == 1.0
+    assert colours[0] == colours[1] < colours[2] < colours[3] == 1.0  # the best is drawn last
+    (ring,) = (c for c in picture if c.get_label() == "recommended")
+    assert ring.get_offsets().tolist() == [[16, 1e-2]]  # type: ignore[union-attr]
 
 
 def test_a_study_without_results_has_no_picture() -> None:

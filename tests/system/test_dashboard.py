@@ -157,7 +157,9 @@ def test_the_ridge_is_on_the_page_of_a_study(tmp_path: Path) -> None:
         (shown,) = ask(f"{url}/api/studies/{summary['study_id']}")["plotly_graph_objects"]
     figure = json.loads(shown["graph_object"])
     traces = {trace.get("name"): trace for trace in figure["data"]}
-    assert traces["complete"]["text"][1] == "trial 1: 0.128"
+    (complete,) = (t for t in figure["data"] if "trial 1: 0.128" in t.get("text", ()))
+    assert complete["text"][-1] == "trial 0: 0.016"  # the best is drawn last
+    assert traces["recommended"]["x"] == [16]
     assert traces["pruned"]["text"] == ["trial 4, pruned"]
     assert len(traces["best learning rate"]["x"]) == 9
     # With a size of its own the dashboard would cut it off.
