@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-import resource
+import sys
 
 from bs_optuna.errors import ConfigError
 
+
+if sys.platform != "win32":
+    import resource
 
 _MIB = 2**20
 # With less than this PyTorch's libraries cannot be loaded at all; one of them then tries for ever.
@@ -52,5 +55,7 @@ def refused(error: BaseException) -> ConfigError | None:
 
 def _limits() -> dict[str, int]:
     """Bytes, of those that are set."""
+    if sys.platform == "win32":
+        return {}
     found = {name: resource.getrlimit(getattr(resource, name))[0] for name in _OPTIONS}
     return {name: limit for name, limit in found.items() if limit != resource.RLIM_INFINITY}

@@ -196,7 +196,7 @@ def _noise(conclusion: Conclusion) -> str:
 
 
 def _rounded(number: float) -> str:
-    return f"{float(f'{number:.2g}'):,.0f}"
+    return f"{max(1.0, float(f'{number:.2g}')):,.0f}"
 
 
 def percent(chance: float) -> str:

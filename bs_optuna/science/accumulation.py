@@ -170,12 +170,15 @@ def weights(counts: Sequence[float]) -> tuple[float, ...]:
         the mean of the batch; an unweighted mean of means is wrong for every ragged split.
 
     Raises:
-        NoTargetError: A count is negative, or all of them are zero.
+        ValueError: A count is negative.
+        NoTargetError: All of them are zero.
     """
     total = sum(counts)
-    if total <= 0 or min(counts) < 0:
+    if min(counts) < 0:
+        raise ValueError(f"counts={list(counts)}; none may be negative.")
+    if total <= 0:
         raise NoTargetError(
-            f"counts={list(counts)}; must be non-negative with a positive sum: "
-            "a batch without any target has no mean loss; skip it."
+            f"counts={list(counts)}; their sum must be positive: a batch without any target has no "
+            "mean loss; skip it."
         )
     return tuple(count / total for count in counts)

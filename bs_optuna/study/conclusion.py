@@ -123,11 +123,13 @@ def _noise(runs: Sequence[FinalRun]) -> dict[str, Any]:
     for run in runs:
         for part, reading in run.noise.items():
             readings.setdefault(part, []).append(reading)
-    samples = sum(run.noise_samples for run in runs)
-    scales = {str(part): pooled(found).noise_scale for part, found in sorted(readings.items())}
+    samples = {
+        part: sum(run.noise_samples for run in runs if part in run.noise) for part in readings
+    }
+    scales = {part: pooled(found).noise_scale for part, found in sorted(readings.items())}
     # A signal that is less than the noise of all samples together may be nothing but that.
-    told = {part: None if s is None or s > samples else s for part, s in scales.items()}
-    return {"noise_scales": told, "noise_samples": samples}
+    told = {str(p): None if s is None or s > samples[p] else s for p, s in scales.items()}
+    return {"noise_scales": told, "noise_samples": max(samples.values(), default=0)}
 
 
 def as_found(tuning: Tuning) -> Conclusion | None:

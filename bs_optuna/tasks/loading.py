@@ -18,6 +18,7 @@ import torch
 from bs_optuna.errors import TaskError
 from bs_optuna.tasks import digits
 from bs_optuna.tasks import text
+from bs_optuna.training.random_states import kept_random_states
 from bs_optuna.training.task import UNNAMED
 from bs_optuna.training.task import TrainingTask
 
@@ -30,17 +31,22 @@ _FILE_PREFIX = "bs_optuna_task_"
 def load_task(spec: str) -> TrainingTask:
     """The task that a name, ``FILE.py``, ``FILE.py:FUNCTION`` or ``MODULE:FUNCTION`` stands for.
 
-    Its code finds the generators of Python, NumPy and PyTorch seeded, and leaves them as they are.
+    Its code finds the generators of Python, NumPy and PyTorch seeded; after it all are as before.
 
     Raises:
         TaskError: There is no such task, file, module or function, or what it gives is no task.
     """
     if spec in BUILT_IN:
         return BUILT_IN[spec]()
-    # Another process, or another day, must split its data alike.
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    with kept_random_states(torch.device("cpu")):
+        # Another process, or another day, must split its data alike.
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        return _loaded(spec)
+
+
+def _loaded(spec: str) -> TrainingTask:
     source, _, function = spec.partition(":")
     if source.endswith(".py"):
         module = _module_from_file(spec, Path(source))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from bs_optuna.science.noise_scale import NoiseReading
 from bs_optuna.training.loop import TrainingRun
-from bs_optuna.training.noise_probe import samples_to_read
 from bs_optuna.training.task import TrainingTask
 
 
@@ -35,15 +34,10 @@ def train_final(run: TrainingRun, task: TrainingTask) -> FinalRun:
         DivergedError: The loss is not finite.
         MicrobatchDoesNotFitError: A single sample does not fit.
     """
-    noise, samples = {}, 0
-    for checkpoint in run.evaluations():
-        samples = samples or samples_to_read(
-            task.train_data,
-            batch_size=run.settings.batch_size,
-            run_samples=run.samples / run.progress,
-        )
-        reading = run.gradient_noise(samples)
+    noise = {}
+    for evaluated in run.evaluations():
+        reading = run.gradient_noise()
         if reading is not None:
-            noise[round(100 * checkpoint.progress)] = reading
+            noise[round(100 * evaluated.progress)] = reading
     test = {} if task.test_data is None else run.evaluate(task.test_data)
-    return FinalRun(run.values, test, noise, samples)
+    return FinalRun(run.values, test, noise, run.noise_samples)

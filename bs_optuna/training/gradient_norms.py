@@ -5,7 +5,6 @@ Nothing is copied: a gradient is measured on its way into ``.grad``, before it i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -42,16 +41,17 @@ class GradientNorms:
         self._parameters = parameters
         self._scaler = scaler
         self._weights: list[float] = []
-        self._norms: list[dict[int, torch.Tensor]] = []  # by number of the parameter
+        self._sums: list[dict[torch.device, torch.Tensor]] = []  # of squares, for each microbatch
+        self._arrived: set[int] = set()  # numbers of parameters, in this one
         self._readable = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """A context for the pass, in which ``.grad`` begins without a gradient."""
-        self._weights, self._norms = [], []
+        self._weights, self._sums = [], []
         self._readable = not active_batch_norms(self._modules)
         trained = [p for p in self._parameters if p.requires_grad] if self._readable else []
-        hooks = [p.register_hook(partial(self._arrived, k)) for k, p in enumerate(trained)]
+        hooks = [p.register_hook(partial(self._add, k)) for k, p in enumerate(trained)]
         try:
             yield
         finally:
@@ -61,13 +61,14 @@ class GradientNorms:
     def microbatch(self, weight: float) -> None:
         """Call it before the backward of each microbatch, with its weight in the batch."""
         self._weights.append(weight)
-        self._norms.append({})
+        self._sums.append({})
+        self._arrived = set()
 
-    def _arrived(self, number: int, gradient: torch.Tensor) -> None:
-        norms = self._norms[-1]
-        # In pieces, as a reentrant checkpoint gives it: the norm of their sum is not known.
-        self._readable &= number not in norms
-        norms[number] = _norm(gradient)
+    def _add(self, number: int, gradient: torch.Tensor) -> None:
+        # In pieces, as a reentrant checkpoint gives it, the norm of their sum is not known.
+        self._readable &= number not in self._arrived
+        self._arrived.add(number)
+        _add_square(self._sums[-1], gradient)
 
     def reading(self, batch_size: int) -> NoiseReading | None:
         """What the pass over so many samples says of the noise.
@@ -80,30 +81,32 @@ class GradientNorms:
         """
         if not self._readable or len(self._weights) < 2:
             return None
+        whole: dict[torch.device, torch.Tensor] = {}
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                _add_square(whole, parameter.grad)
         scale = 1.0 if self._scaler is None else self._scaler.get_scale()
-        whole = [_norm(p.grad) for p in self._parameters if p.grad is not None]
-        squares = [_sum_of_squares(norms.values()) / scale**2 for norms in self._norms]
+        squares = [_total(sums) / scale**2 for sums in self._sums]
         return read_noise(
             sizes=[weight * batch_size for weight in self._weights],
             # A gradient arrives multiplied by the weight of its microbatch.
             squared_norms=[s / w**2 for s, w in zip(squares, self._weights, strict=True)],
-            batch_squared_norm=_sum_of_squares(whole) / scale**2,
+            batch_squared_norm=_total(whole) / scale**2,
         )
 
 
-def _norm(gradient: torch.Tensor) -> torch.Tensor:
+def _add_square(sums: dict[torch.device, torch.Tensor], gradient: torch.Tensor) -> None:
+    """Adds the squared norm of a gradient to the sum on its device; nothing waits for that."""
     gradient = gradient.detach()
     if gradient.layout != torch.strided:
         gradient = gradient.coalesce().values()
     dtype = torch.float32 if gradient.dtype in _HALVES else None
-    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=dtype)
-    return norm
+    norm = torch.linalg.vector_norm(gradient, dtype=dtype)
+    if norm.device.type != "mps":  # which has no double precision
+        norm = norm.double()
+    before = sums.get(norm.device)
+    sums[norm.device] = norm.square() if before is None else before + norm.square()
 
 
-def _sum_of_squares(norms: Iterable[torch.Tensor]) -> float:
-    """Asks the device once, not for each parameter."""
-    found = list(norms)
-    if not found:
-        return 0.0
-    together = torch.stack([norm.to(found[0].device) for norm in found])
-    return float(together.cpu().double().square().sum())
+def _total(sums: dict[torch.device, torch.Tensor]) -> float:
+    return sum(float(total) for total in sums.values())

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from bs_optuna.training.modes import begin_training
 from bs_optuna.training.random_states import random_states
 from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.run_settings import RunSettings
@@ -34,7 +33,7 @@ class Learner:
 
     Attributes:
         task: With a loss of its own if that is a module, which may hold weights or parameters.
-        model: In training mode, see `begin_training`.
+        model: In training mode.
         modules: What is trained: the model, and the loss if it is a module.
         parameters: Of these.
         optimizer: Of the parameters, at the peak learning rate.
@@ -56,7 +55,6 @@ class Learner:
             self.model = task.new_model().to(device)
             if isinstance(task.loss, nn.Module):
                 self.task = replace(task, loss=copy.deepcopy(task.loss).to(device))
-        begin_training(self.model)
         self.modules = [m for m in (self.model, self.task.loss) if isinstance(m, nn.Module)]
         self.parameters = parameters_of(self.modules)
         make_optimizer = optimizer_factory(task.optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ from bs_optuna.training.lost import Lost
 from bs_optuna.training.lost import check_thrashing
 from bs_optuna.training.microbatch_unit import MicrobatchUnit
 from bs_optuna.training.noise_probe import read_gradient_noise
+from bs_optuna.training.noise_probe import samples_to_read
+from bs_optuna.training.oom import empty_caches
+from bs_optuna.training.oom import release
 from bs_optuna.training.peak_memory import PeakMemory
 from bs_optuna.training.random_states import kept_random_states
 from bs_optuna.training.random_states import restore_random_states
@@ -36,16 +40,20 @@ from bs_optuna.training.rungs import rungs
 from bs_optuna.training.search import Search
 from bs_optuna.training.stepping import GuardedStep
 from bs_optuna.training.task import TrainingTask
+from bs_optuna.training.unusable import check_had_targets
 from bs_optuna.training.unusable import check_kind_of_loss
 from bs_optuna.training.unusable import check_training_loss
 from bs_optuna.training.unusable import check_values
 
 
+_logger = logging.getLogger(__name__)
+
 # On accelerators reading a loss waits for the device; every so many steps is soon enough.
 STEPS_BETWEEN_CHECKS = 16
 # Attributes of a run that say how far it is; the rest follows from the settings.
 _PROGRESS = (
-    "samples", "steps", "failed_sizes", "_evaluated", "_training_seconds", "_step_progress"
+    "samples", "steps", "failed_sizes", "_evaluated", "_training_seconds", "_step_progress",
+    "_had_targets",
 )  # fmt: skip
 
 
@@ -80,6 +88,7 @@ class TrainingRun:
         evaluation_fits: Samples in a piece of an evaluation, if a larger piece did not fit.
         warned: Whether it was said that microbatches change BatchNorm, by now or before.
         values: Validation loss and metrics of the last checkpoint.
+        noise_samples: Samples in a reading of the gradient's noise; 0 before one.
     """
 
     def __init__(
@@ -109,6 +118,8 @@ class TrainingRun:
         self.warmup = 0.0
         self.samples = 0
         self.steps = 0
+        self.noise_samples = 0
+        self._had_targets = False
         self._unit = MicrobatchUnit.of(task)
         self._tried(settings.microbatch_size or settings.batch_size)
         self._held = 0  # in full by the largest microbatch of this step
@@ -149,6 +160,7 @@ class TrainingRun:
         Raises:
             DivergedError: The loss is not finite.
             MicrobatchDoesNotFitError: A single sample does not fit.
+            TaskError: Not one batch has held a target by the first evaluation.
             StepDoesNotFitError: The optimizer's step does not fit.
             ThrashingError: Running out of memory has cost too much.
         """
@@ -175,6 +187,7 @@ class TrainingRun:
                 if not last and self.progress >= points[k + 1].progress:
                     continue  # one large step has passed several rungs: the last of them counts
                 data = self._task.valid_data
+                check_had_targets(self._had_targets)
                 self._evaluating(min(self._evaluation.batch_size, length(data)))
                 values = self.evaluate(data)
                 self._evaluating(0)
@@ -196,18 +209,35 @@ class TrainingRun:
             self.evaluation_fits = self._evaluation.batch_size
         return values
 
-    def gradient_noise(self, samples: int) -> NoiseReading | None:
-        """What so many training samples say of the gradient's noise as the model is now.
+    def gradient_noise(self) -> NoiseReading | None:
+        """What a few training samples say of the gradient's noise as the model is now.
 
         Returns:
-            None if that failed, for want of memory or otherwise.
+            None if there are too few, or that failed, for want of memory or otherwise: the training
+            goes on as if nothing had been read.
         """
-        data, seed = self._task.train_data, self.settings.seed + self.steps
-        with kept_random_states(self._device):  # which a data set may draw from
-            batch = next(training_batches(data, batch_size=samples, seed=seed))
-            with self._limit.active():
-                fits = self.fits or self.microbatch_size
-                return read_gradient_noise(self._learner, batch, microbatch_size=fits)
+        try:
+            with kept_random_states(self._device):  # which a data set may draw from
+                return self._read_noise()
+        except Exception as error:
+            failed = error
+        _logger.info("the gradient noise was not read: %s: %s", type(failed).__name__, failed)
+        release(failed)
+        empty_caches()
+        return None
+
+    def _read_noise(self) -> NoiseReading | None:
+        data, settings = self._task.train_data, self.settings
+        self.noise_samples = samples_to_read(
+            data, batch_size=settings.batch_size, run_samples=self.samples / self.progress
+        )
+        if not self.noise_samples:
+            return None
+        seed = settings.seed + self.steps
+        batch = next(training_batches(data, batch_size=self.noise_samples, seed=seed))
+        with self._limit.active():
+            fits = self.fits or self.microbatch_size
+            return read_gradient_noise(self._learner, batch, microbatch_size=fits)
 
     def _save(self) -> None:
         if self._file is not None:
@@ -224,7 +254,7 @@ class TrainingRun:
             self._build()
             return None
         for name in _PROGRESS:
-            setattr(self, name, state["progress"][name])
+            setattr(self, name, state["progress"].get(name, getattr(self, name)))
         self._begin = time.perf_counter() - state["seconds"]
         return dict(state["random"])
 
@@ -274,6 +304,7 @@ class TrainingRun:
         with self._limit.active():
             loss = self._gradient(inputs, targets)
             if loss is not None:
+                self._had_targets = True
                 self._guarded_step()
         failed = len(self.failed_sizes) > failures
         self.fits = self._held if failed else max(self.fits, self._held)

@@ -9,12 +9,17 @@ from torch import nn
 
 
 def begin_training(model: nn.Module) -> nn.Module:
-    """The model in training mode, but for parts that were put into evaluation mode by themselves.
+    """The model in training mode, but for frozen parts that a task has put into evaluation mode.
 
-    A frozen backbone is meant to stay so; a whole model in evaluation mode is how libraries return
-    a pretrained one.
+    What has something to train is trained in training mode, also where a library has returned it in
+    the other one, as it does pretrained models.
     """
-    return model if model.training else model.train()
+    if not model.training:
+        return model.train()
+    for module in model.modules():
+        if not module.training and any(p.requires_grad for p in module.parameters()):
+            module.train()
+    return model
 
 
 @contextmanager
@@ -24,12 +29,14 @@ def evaluating(*parts: object) -> Iterator[None]:
     Args:
         parts: The model, and the loss, which may hold a norm or dropout too.
     """
-    roots = [part for part in parts if isinstance(part, nn.Module)]
-    before = [(module, module.training) for root in roots for module in root.modules()]
-    for root in roots:
+    roots = [(part, part.training) for part in parts if isinstance(part, nn.Module)]
+    before = [(module, module.training) for root, _ in roots for module in root.modules()]
+    for root, _ in roots:
         root.eval()
     try:
         yield
     finally:
+        for root, training in roots:
+            root.train(training)  # which some modules do something in
         for module, training in before:
-            module.training = training  # train() would reach the parts too
+            module.training = training  # of parts that are in another mode

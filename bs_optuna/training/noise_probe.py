@@ -5,7 +5,6 @@ P: samples that are read, n: microbatches that they are cut into.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,12 +23,8 @@ from bs_optuna.training.data import first_samples
 from bs_optuna.training.data import length
 from bs_optuna.training.learner import Learner
 from bs_optuna.training.normalization import active_batch_norms
-from bs_optuna.training.oom import empty_caches
-from bs_optuna.training.oom import release
 from bs_optuna.training.snapshot import StepSnapshot
 
-
-_logger = logging.getLogger(__name__)
 
 MICROBATCHES = 16
 # A reading is worth one part in so many of the samples that a run is trained on.
@@ -45,11 +40,15 @@ def samples_to_read(data: Data, *, batch_size: int, run_samples: float) -> int:
         data: Where they are taken from.
         batch_size: Samples that training holds at a time.
         run_samples: Samples that the whole run is trained on.
+
+    Returns:
+        0 where that is too few to read anything.
     """
-    wanted = min(MOST, max(FEWEST, int(run_samples / PART)))
+    wanted = min(MOST, int(run_samples / PART))
     leaves: list[torch.Tensor] = optree.tree_leaves(first_samples(data, 1))  # type: ignore[arg-type]
-    held = MOST_BYTES // max(1, sum(leaf.nbytes for leaf in leaves))
-    return min(length(data), wanted, max(batch_size, held))
+    held = MOST_BYTES // max(1, sum(leaf.numel() * leaf.element_size() for leaf in leaves))
+    found = min(length(data), wanted, max(batch_size, held))
+    return found if wanted >= FEWEST else 0
 
 
 def read_gradient_noise(
@@ -66,12 +65,11 @@ def read_gradient_noise(
         microbatch_size: The most that is known to fit.
 
     Returns:
-        None if P is too small to be cut, memory ran out or anything else failed.
+        None if P is too small to be cut, or a BatchNorm has no running statistics.
     """
     size = min(microbatch_size, -(-batch_length(batch) // MICROBATCHES))
     scale = NoiseScale(decay=0.0)
     learner.forget_gradients()
-    failed = None
     with _fixed_norms(learner.modules):
         backward = AccumulatedBackward(
             learner.model,
@@ -80,6 +78,7 @@ def read_gradient_noise(
             count=learner.task.count,
             noise_scale=scale,
         )
+        backward.warned = True
         parts = [part for root in learner.modules for part in root.modules()]
         before = StepSnapshot(
             parts,
@@ -91,25 +90,19 @@ def read_gradient_noise(
         )
         try:
             backward(*batch)
-        except Exception as error:
-            failed = error
-        before.restore()
-    if failed is not None:
-        # The training goes on, whatever it was: code that cannot take so few samples, say.
-        _logger.info("the gradient noise was not read: %s: %s", type(failed).__name__, failed)
-        release(failed)
-        empty_caches()
+        finally:
+            before.restore()
     return scale.averages
 
 
 @contextmanager
 def _fixed_norms(modules: list[nn.Module]) -> Iterator[None]:
     """A context in which BatchNorm takes its running statistics."""
-    norms = active_batch_norms(modules)
-    for norm in norms:
+    norms = [(norm, norm.training) for norm in active_batch_norms(modules)]
+    for norm, _ in norms:
         norm.eval()
     try:
         yield
     finally:
-        for norm in norms:
-            norm.train()
+        for norm, training in norms:
+            norm.train(training)

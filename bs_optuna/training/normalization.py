@@ -92,11 +92,14 @@ def warn_of_split(
         )
 
 
-def active_batch_norms(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Every BatchNorm in training mode, where each sample's gradient depends on the others."""
-    kinds = (*_BATCH_NORMS, nn.SyncBatchNorm)
+def active_batch_norms(modules: Sequence[nn.Module]) -> list[_BatchNorm]:
+    """Every BatchNorm that normalizes by the batch: each sample's gradient depends on the others.
+
+    In evaluation mode one does so that keeps no running statistics.
+    """
     parts = [part for root in modules for part in root.modules()]
-    return [part for part in parts if isinstance(part, kinds) and part.training]
+    norms = [p for p in parts if isinstance(p, (*_BATCH_NORMS, nn.SyncBatchNorm))]
+    return [norm for norm in norms if norm.training or norm.running_mean is None]
 
 
 def needs_two_samples(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from numbers import Real
 
 import torch
 
@@ -30,7 +30,7 @@ def _sgd(parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> torc
     return torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9)
 
 
-_RATES = (1e-3, 2e-3)
+_RATES = (1e-5, 1e-3)
 OPTIMIZERS: dict[str, OptimizerFactory] = {"adamw": _adamw, "sgd": _sgd}
 
 
@@ -56,22 +56,19 @@ def optimizer_factory(optimizer: str | OptimizerFactory) -> OptimizerFactory:
 def checked_optimizer(
     optimizer: str | OptimizerFactory, parameters: Sequence[torch.nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """One for the parameters, once it is clear that it trains them at the rate it is given.
-
-    Warns if it leaves some out.
+    """One for the parameters; warns if it ignores the learning rate, or leaves some of them out.
 
     Raises:
-        TaskError: It ignores the learning rate, or cannot be used.
+        TaskError: It cannot be used.
     """
     make = optimizer_factory(optimizer)
     found, other = make(parameters, _RATES[0]), make(parameters, _RATES[1])
-    rates: list[Any] = [group.get("lr") for group in found.param_groups]
-    others: list[Any] = [group.get("lr") for group in other.param_groups]
-    if all(one is None or float(one) == float(two) for one, two in zip(rates, others, strict=True)):
-        raise TaskError(
-            f"the {type(found).__name__} that optimizer returns has the learning rate "
-            f"{rates[0]} whichever it is given, so that there is nothing to tune; pass it on: "
-            "optimizer=lambda parameters, lr: AdamW(parameters, lr=lr)."
+    if _settings(found) == _settings(other):
+        warnings.warn(
+            f"The {type(found).__name__} that optimizer returns has the same settings whichever "
+            "learning rate it is given, so that there is nothing to tune; pass it on: "
+            "optimizer=lambda parameters, lr: AdamW(parameters, lr=lr).",
+            stacklevel=2,
         )
     held = {id(p) for group in found.param_groups for p in group["params"]}
     if left := sum(p.requires_grad and id(p) not in held for p in parameters):
@@ -81,6 +78,14 @@ def checked_optimizer(
             stacklevel=2,
         )
     return found
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+    """The numbers among the settings of each group."""
+    return [
+        {k: float(v) for k, v in group.items() if isinstance(v, Real | torch.Tensor)}
+        for group in optimizer.param_groups
+    ]
 
 
 def _checked(

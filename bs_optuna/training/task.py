@@ -25,6 +25,7 @@ from bs_optuna.training.data import Data
 from bs_optuna.training.data import as_data
 from bs_optuna.training.data import evaluation_batches
 from bs_optuna.training.data import length
+from bs_optuna.training.modes import begin_training
 from bs_optuna.training.normalization import active_batch_norms
 from bs_optuna.training.recipes import OptimizerFactory
 from bs_optuna.training.recipes import optimizer_factory
@@ -124,7 +125,7 @@ class TrainingTask:
             raise TaskError(f"batch_norm={self.batch_norm!r}; must be 'microbatch' or 'exact'.")
 
     def new_model(self) -> nn.Module:
-        """A model of its own for each training.
+        """A model of its own for each training, in training mode as `begin_training` has it.
 
         Raises:
             TaskError: ``model`` returned no module, or one that it had returned before, or that
@@ -139,14 +140,16 @@ class TrainingTask:
                 "its trained weights; make a new one in each call: model=lambda: Net()."
             )
         _MADE.add(model)
+        begin_training(model)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 if _TRAINED.get(id(parameter)) is parameter:
                     raise _shared(f"the parameter {name!r}", "or freeze it")
                 _TRAINED[id(parameter)] = parameter
-        for norm in active_batch_norms([model]):
+        norms = [norm for norm in active_batch_norms([model]) if any(True for _ in norm.buffers())]
+        for norm in norms:
             if norm is not model and norm in _MADE:
-                raise _shared(f"a {type(norm).__name__}", "or put it into evaluation mode")
+                raise _shared(f"a {type(norm).__name__}", "or put it into evaluation mode, frozen")
             _MADE.add(norm)
         return model
 

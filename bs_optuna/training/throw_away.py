@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from bs_optuna.training.backward import AccumulatedBackward
-from bs_optuna.training.modes import begin_training
 from bs_optuna.training.pass_attempt import BackwardResult
 from bs_optuna.training.recipes import optimizer_factory
 from bs_optuna.training.snapshot import parameters_of
@@ -36,7 +35,7 @@ class ThrowAwayTraining:
 
     def __init__(self, task: TrainingTask, device: torch.device) -> None:
         self._task = task
-        self._model = begin_training(task.new_model().to(device))
+        self._model = task.new_model().to(device)
         self._loss = task.loss
         if isinstance(self._loss, nn.Module):
             self._loss = copy.deepcopy(self._loss).to(device)

@@ -68,3 +68,16 @@ def check_kind_of_loss(model: nn.Module, loss_fn: LossFunction, batch: Batch) ->
             f"loss returned a {found}; must return one number as a tensor, and nothing else: the "
             "mean over the samples, such as losses.mean()."
         )
+
+
+def check_had_targets(had: bool) -> None:
+    """Refuses a training of which no batch has held a target.
+
+    Raises:
+        TaskError: That is so.
+    """
+    if not had:
+        raise TaskError(
+            "count was 0 for every batch up to the first evaluation, so that nothing was trained; "
+            "must be what the mean loss is taken over."
+        )

@@ -11,10 +11,12 @@ import torch
 
 from bs_optuna.config import StudyConfig
 from bs_optuna.errors import TrainingError
+from bs_optuna.science.noise_scale import NoiseReading
 from bs_optuna.study.conclusion import conclude
 from bs_optuna.study.tuning import Tuning
 from bs_optuna.study.tuning import prepare
 from bs_optuna.tasks import digits
+from bs_optuna.training.final_run import FinalRun
 
 
 def make_tuning(folder: Path, *, oom_budget: float, failing: list[BaseException | None]) -> Tuning:
@@ -87,3 +89,20 @@ def test_a_continuation_that_was_interrupted_goes_on_to_where_it_was_going(tmp_p
     assert prepare(config, digits.task()).trials == 4
     # Who asks for fewer has enough: the final runs come next.
     assert prepare(config.model_copy(update={"trials": 1}), digits.task()).trials == 3
+
+
+def test_noise_is_told_by_all_runs_together_as_far_as_their_samples_reach(tmp_path: Path) -> None:
+    tuning = make_tuning(tmp_path, oom_budget=0.5, failing=[])
+    runs = [
+        FinalRun(
+            {"loss": 1.0}, {}, {20: NoiseReading(1.0, 100.0), 60: NoiseReading(1.0, 70.0)}, 64
+        ),
+        FinalRun({"loss": 2.0}, {}, {20: NoiseReading(3.0, 100.0), 100: NoiseReading(1, 65)}, 64),
+    ]
+    object.__setattr__(tuning.objective, "confirm", lambda *_, **__: runs.pop(0))
+    found = conclude(tuning, final_runs=2)
+    assert found is not None
+    assert found.valid == {"loss": [1.0, 2.0]}
+    # The ratio of the means, and none beyond the samples of those that have read something.
+    assert found.noise_scales == {"20": 50.0, "60": None, "100": None}
+    assert found.noise_samples == 128

@@ -281,7 +281,7 @@ def test_a_sparse_batch_is_cut_where_its_layout_lets_it() -> None:
     for inputs in (dense, dense.to_sparse_coo()):
         model = Sparse()
         loss = nn.functional.mse_loss
-        AccumulatedBackward(model, loss, microbatch_size=5)(inputs, torch.ones(12).double())
+        AccumulatedBackward(model, loss, microbatch_size=5)(inputs, torch.arange(12).double())
         gradients.append(model.weight.grad)
     torch.testing.assert_close(*gradients)
     with pytest.raises(TypeError, match=r"layout torch.sparse_csr, which cannot be cut"):

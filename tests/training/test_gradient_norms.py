@@ -152,13 +152,19 @@ def test_a_failed_attempt_says_nothing() -> None:
     assert scale.averages == expected.averages
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_batch_norm_leaves_nothing_to_read_while_it_mixes_samples(training: bool) -> None:
-    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+@pytest.mark.parametrize(
+    ("training", "tracks", "mixes"),
+    [(True, True, True), (False, True, False), (False, False, True)],
+)
+def test_batch_norm_leaves_nothing_to_read_while_it_mixes_samples(
+    training: bool, tracks: bool, mixes: bool
+) -> None:
+    norm = nn.BatchNorm1d(4, track_running_stats=tracks)
+    model = nn.Sequential(nn.Linear(5, 4), norm, nn.Linear(4, 3)).double()
     model.train(training)
     backward, scale = read(model, microbatch_size=8, batch_norm="exact")
     backward(*batch(32))
-    assert (scale.averages is None) == training
+    assert (scale.averages is None) == mixes
 
 
 def test_gradients_that_arrive_in_pieces_are_not_read() -> None:

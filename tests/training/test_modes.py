@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import optuna
+import pytest
 import torch
 from limited_task import make_objective
 from limited_task import make_task
@@ -27,11 +28,11 @@ class Noting(nn.Module):
         return outputs
 
 
-def test_a_part_in_evaluation_mode_stays_in_it(study: optuna.Study) -> None:
+def test_a_frozen_part_in_evaluation_mode_stays_in_it(study: optuna.Study) -> None:
     made: list[nn.Sequential] = []
 
     def model() -> nn.Module:
-        made.append(nn.Sequential(Noting(4).eval(), Noting(3)))
+        made.append(nn.Sequential(Noting(4).eval().requires_grad_(False), Noting(3)))
         return made[-1]
 
     run_trial(make_objective(make_task(model=model)), study, batch_size=32, lr=0.5)
@@ -42,9 +43,32 @@ def test_a_part_in_evaluation_mode_stays_in_it(study: optuna.Study) -> None:
     assert trained.modes == {(True, True), (False, False)}
 
 
-def test_a_whole_model_in_evaluation_mode_is_trained() -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout()).eval()
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_as_libraries_return_it_is_trained(whole: bool) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 3), nn.Dropout()).eval(), nn.Linear(3, 2))
+    if whole:
+        model.eval()
     assert all(module.training for module in begin_training(model).modules())
+
+
+class Merging(nn.Module):
+    """Trains in training mode alone, as adapters that are merged for evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def train(self, mode: bool = True) -> Merging:
+        self.weight.requires_grad_(mode)
+        return super().train(mode)
+
+
+def test_modules_that_act_on_a_change_of_mode_are_told_of_it() -> None:
+    model = nn.Sequential(Merging(), nn.Dropout().eval())
+    with evaluating(model):
+        assert not any(p.requires_grad for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    assert [module.training for module in model.modules()] == [True, True, False]
 
 
 def test_a_loss_learns_nothing_from_validation_data(study: optuna.Study) -> None:

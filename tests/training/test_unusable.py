@@ -154,19 +154,42 @@ def test_a_shared_batch_norm_would_remember_other_trials() -> None:
         make_objective(task)
     base.eval()
     make_objective(task)
+    # All of it is put into training mode, and that norm with it.
+    whole = make_task(model=lambda: nn.Sequential(base, nn.Linear(4, 3)).eval())
+    with pytest.raises(TaskError, match="a BatchNorm1d that an earlier model had"):
+        make_objective(whole)
 
 
-@pytest.mark.parametrize("fixed", [1e-3, None])
-def test_an_optimizer_that_ignores_the_learning_rate_is_refused(fixed: float | None) -> None:
-    class Relative(torch.optim.Optimizer):
-        """As Adafactor with steps of its own."""
+def test_an_optimizer_that_ignores_the_learning_rate_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="the same settings whichever learning rate it is given"):
+        make_objective(make_task(optimizer=lambda p, lr: torch.optim.AdamW(p, lr=1e-3)))
 
-        def __init__(self, parameters: Any) -> None:
-            super().__init__(parameters, {"lr": fixed})
 
-    task = make_task(optimizer=lambda parameters, lr: Relative(parameters))
-    with pytest.raises(TaskError, match=rf"has the learning rate {fixed} whichever it is given"):
-        make_objective(task)
+class Scaled(torch.optim.SGD):
+    """As Prodigy: finds its step, of which the rate is a factor."""
+
+    def __init__(self, parameters: Any, factor: float) -> None:
+        super().__init__(parameters, lr=1.0)
+        for group in self.param_groups:
+            group["d_coef"] = factor
+
+
+@pytest.mark.parametrize("make", [Scaled, lambda p, lr: torch.optim.SGD(p, lr=min(lr, 5e-4))])
+def test_an_optimizer_may_use_the_learning_rate_in_its_own_way(make: Any) -> None:
+    make_objective(make_task(optimizer=make))
+
+
+def test_a_training_without_any_target_is_no_training(study: optuna.Study) -> None:
+    inputs, targets = make_task().train_data
+    nothing = (inputs, torch.full_like(targets, -100))
+    task = make_task(train_data=nothing, count=lambda x, t: (t != -100).sum())
+    with pytest.raises(TaskError, match="count was 0 for every batch up to the first evaluation"):
+        run_trial(make_objective(task), study, batch_size=32, lr=0.5)
+
+
+def test_a_negative_count_is_refused(study: optuna.Study) -> None:
+    with pytest.raises(ValueError, match=r"counts=\[-32.0\]; none may be negative"):
+        run_trial(make_objective(make_task(count=lambda x, t: -len(x))), study, batch_size=32, lr=1)
 
 
 def test_an_optimizer_that_leaves_parameters_out_is_warned_of() -> None:
