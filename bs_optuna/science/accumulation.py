@@ -174,7 +174,7 @@ def weights(counts: Sequence[float]) -> tuple[float, ...]:
         NoTargetError: All of them are zero.
     """
     total = sum(counts)
-    if min(counts) < 0:
+    if min(counts, default=0) < 0:
         raise ValueError(f"counts={list(counts)}; none may be negative.")
     if total <= 0:
         raise NoTargetError(
