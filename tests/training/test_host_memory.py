@@ -100,13 +100,19 @@ def test_other_systems_say_nothing(tmp_path: Path) -> None:
 
 @linux
 def test_what_this_process_takes_is_no_longer_free() -> None:
-    before = free_host_bytes()
-    held = np.ones(512 * MIB // 8)
-    after = free_host_bytes()
-    assert before is not None
-    assert after is not None
-    assert before - after > 300 * MIB  # others may have given some back meanwhile
-    assert held[0] == 1
+    seen = []
+    for _ in range(10):  # others may give some back meanwhile
+        before = free_host_bytes()
+        held = np.ones(512 * MIB // 8)
+        after = free_host_bytes()
+        assert before is not None
+        assert after is not None
+        assert held[0] == 1
+        seen.append(before - after)
+        if seen[-1] > 300 * MIB:
+            return
+        del held
+    pytest.fail(f"seen in bytes: {seen}")
 
 
 READS = """
