@@ -110,7 +110,7 @@ def draw(ridge: Ridge) -> Figure:
 
 
 def _dress(figure: Figure, ridge: Ridge) -> None:
-    first, *_, last = [*ridge.tried, *ridge.tried]
+    first, last = ridge.tried[0], ridge.tried[-1]
     powers = 2 ** np.arange(np.floor(np.log2(first)), np.ceil(np.log2(last)) + 1)
     low, high = min(ridge.rates) / 1.6, max(ridge.rates) * 1.6
     figure.update_layout(

@@ -17,7 +17,7 @@ class FinalRun:
         valid: Loss, as ``"loss"``, and metrics on the validation data at the end.
         test: Likewise on the test data; empty without any.
         noise: Readings of the gradient's noise, by the part of the run, in hundredths, after which
-            each was taken. Those that memory left no room for are missing.
+            each was taken. Those that failed are missing.
         noise_samples: Samples in each reading.
     """
 
@@ -40,4 +40,4 @@ def train_final(run: TrainingRun, task: TrainingTask) -> FinalRun:
         if reading is not None:
             noise[round(100 * evaluated.progress)] = reading
     test = {} if task.test_data is None else run.evaluate(task.test_data)
-    return FinalRun(run.values, test, noise, run.noise_samples)
+    return FinalRun(run.values, test, noise, run.noise_probe.samples)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -27,12 +26,8 @@ from bs_optuna.training.limit import MemoryLimit
 from bs_optuna.training.lost import Lost
 from bs_optuna.training.lost import check_thrashing
 from bs_optuna.training.microbatch_unit import MicrobatchUnit
-from bs_optuna.training.noise_probe import read_gradient_noise
-from bs_optuna.training.noise_probe import samples_to_read
-from bs_optuna.training.oom import empty_caches
-from bs_optuna.training.oom import release
+from bs_optuna.training.noise_probe import NoiseProbe
 from bs_optuna.training.peak_memory import PeakMemory
-from bs_optuna.training.random_states import kept_random_states
 from bs_optuna.training.random_states import restore_random_states
 from bs_optuna.training.run_settings import RunSettings
 from bs_optuna.training.rungs import Evaluated
@@ -45,8 +40,6 @@ from bs_optuna.training.unusable import check_kind_of_loss
 from bs_optuna.training.unusable import check_training_loss
 from bs_optuna.training.unusable import check_values
 
-
-_logger = logging.getLogger(__name__)
 
 # On accelerators reading a loss waits for the device; every so many steps is soon enough.
 STEPS_BETWEEN_CHECKS = 16
@@ -88,7 +81,7 @@ class TrainingRun:
         evaluation_fits: Samples in a piece of an evaluation, if a larger piece did not fit.
         warned: Whether it was said that microbatches change BatchNorm, by now or before.
         values: Validation loss and metrics of the last checkpoint.
-        noise_samples: Samples in a reading of the gradient's noise; 0 before one.
+        noise_probe: Reads the gradient's noise.
     """
 
     def __init__(
@@ -118,7 +111,9 @@ class TrainingRun:
         self.warmup = 0.0
         self.samples = 0
         self.steps = 0
-        self.noise_samples = 0
+        self.noise_probe = NoiseProbe(
+            task.train_data, batch_size=settings.batch_size, device=device, limit=limit
+        )
         self._had_targets = False
         self._unit = MicrobatchUnit.of(task)
         self._tried(settings.microbatch_size or settings.batch_size)
@@ -210,34 +205,13 @@ class TrainingRun:
         return values
 
     def gradient_noise(self) -> NoiseReading | None:
-        """What a few training samples say of the gradient's noise as the model is now.
-
-        Returns:
-            None if there are too few, or that failed, for want of memory or otherwise: the training
-            goes on as if nothing had been read.
-        """
-        try:
-            with kept_random_states(self._device):  # which a data set may draw from
-                return self._read_noise()
-        except Exception as error:
-            failed = error
-        _logger.info("the gradient noise was not read: %s: %s", type(failed).__name__, failed)
-        release(failed)
-        empty_caches()
-        return None
-
-    def _read_noise(self) -> NoiseReading | None:
-        data, settings = self._task.train_data, self.settings
-        self.noise_samples = samples_to_read(
-            data, batch_size=settings.batch_size, run_samples=self.samples / self.progress
+        """What a few training samples say of the gradient's noise now; see `NoiseProbe.read`."""
+        return self.noise_probe.read(
+            self._learner,
+            run_samples=self.samples / self.progress,
+            seed=self.settings.seed + self.steps,
+            microbatch_size=self.fits or self.microbatch_size,
         )
-        if not self.noise_samples:
-            return None
-        seed = settings.seed + self.steps
-        batch = next(training_batches(data, batch_size=self.noise_samples, seed=seed))
-        with self._limit.active():
-            fits = self.fits or self.microbatch_size
-            return read_gradient_noise(self._learner, batch, microbatch_size=fits)
 
     def _save(self) -> None:
         if self._file is not None:

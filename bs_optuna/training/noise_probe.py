@@ -5,13 +5,11 @@ P: samples that are read, n: microbatches that they are cut into.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
 from typing import Any
 
 import optree
 import torch
-from torch import nn
 
 from bs_optuna.science.noise_scale import NoiseReading
 from bs_optuna.science.noise_scale import NoiseScale
@@ -21,16 +19,78 @@ from bs_optuna.training.buffer_copies import BufferCopies
 from bs_optuna.training.data import Data
 from bs_optuna.training.data import first_samples
 from bs_optuna.training.data import length
+from bs_optuna.training.data import training_batches
 from bs_optuna.training.learner import Learner
+from bs_optuna.training.limit import MemoryLimit
+from bs_optuna.training.modes import evaluating
 from bs_optuna.training.normalization import active_batch_norms
+from bs_optuna.training.oom import empty_caches
+from bs_optuna.training.oom import release
+from bs_optuna.training.random_states import kept_random_states
 from bs_optuna.training.snapshot import StepSnapshot
 
+
+_logger = logging.getLogger(__name__)
 
 MICROBATCHES = 16
 # A reading is worth one part in so many of the samples that a run is trained on.
 PART = 25
 FEWEST, MOST = 64, 2048
 MOST_BYTES = 2**26  # of samples at a time, unless a batch has more
+
+
+class NoiseProbe:
+    """Reads noise while a run trains, which goes on as if nothing had been read.
+
+    Args:
+        data: What it trains on.
+        batch_size: Samples that it holds at a time.
+        device: Where it trains.
+        limit: In force during a reading.
+
+    Attributes:
+        samples: P of the last reading; 0 before one, and where a run is too short for any.
+    """
+
+    def __init__(
+        self, data: Data, *, batch_size: int, device: torch.device, limit: MemoryLimit
+    ) -> None:
+        self.samples = 0
+        self._data = data
+        self._batch_size = batch_size
+        self._device = device
+        self._limit = limit
+
+    def read(
+        self, learner: Learner, *, run_samples: float, seed: int, microbatch_size: int
+    ) -> NoiseReading | None:
+        """A reading of the learner as it is now.
+
+        Args:
+            learner: At any step of its training; gradients that it holds are forgotten.
+            run_samples: Samples that the whole run is trained on.
+            seed: Of the order in which samples are taken.
+            microbatch_size: The most that is known to fit.
+
+        Returns:
+            None if there are too few samples, or that failed, for want of memory or otherwise.
+        """
+        try:
+            with kept_random_states(self._device):  # which a data set may draw from
+                self.samples = samples_to_read(
+                    self._data, batch_size=self._batch_size, run_samples=run_samples
+                )
+                if not self.samples:
+                    return None
+                batch = next(training_batches(self._data, batch_size=self.samples, seed=seed))
+                with self._limit.active():
+                    return read_gradient_noise(learner, batch, microbatch_size=microbatch_size)
+        except Exception as error:
+            failed = error
+        _logger.info("the gradient noise was not read: %s: %s", type(failed).__name__, failed)
+        release(failed)
+        empty_caches()
+        return None
 
 
 def samples_to_read(data: Data, *, batch_size: int, run_samples: float) -> int:
@@ -70,7 +130,7 @@ def read_gradient_noise(
     size = min(microbatch_size, -(-batch_length(batch) // MICROBATCHES))
     scale = NoiseScale(decay=0.0)
     learner.forget_gradients()
-    with _fixed_norms(learner.modules):
+    with evaluating(*active_batch_norms(learner.modules)):
         backward = AccumulatedBackward(
             learner.model,
             learner.task.loss,
@@ -93,16 +153,3 @@ def read_gradient_noise(
         finally:
             before.restore()
     return scale.averages
-
-
-@contextmanager
-def _fixed_norms(modules: list[nn.Module]) -> Iterator[None]:
-    """A context in which BatchNorm takes its running statistics."""
-    norms = [(norm, norm.training) for norm in active_batch_norms(modules)]
-    for norm, _ in norms:
-        norm.eval()
-    try:
-        yield
-    finally:
-        for norm, training in norms:
-            norm.train(training)
