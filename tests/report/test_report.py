@@ -1,4 +1,4 @@
-"""What a person reads: progress, summary and picture, each made from a real study."""
+"""What a person reads: progress and summary, each made from a real study."""
 
 from __future__ import annotations
 
@@ -9,18 +9,12 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
-from optuna.distributions import IntDistribution
 from rich.console import Console
 
 from bs_optuna.config import StudyConfig
-from bs_optuna.errors import StudyError
-from bs_optuna.report.figure import ridge_figure
 from bs_optuna.report.progress import TrialProgress
 from bs_optuna.report.summary import percent
 from bs_optuna.report.summary import summary
-from bs_optuna.sampling import CoupledSampler
 from bs_optuna.sampling import attributes
 from bs_optuna.sampling.feasibility import mark_memory
 from bs_optuna.study.conclusion import as_found
@@ -30,17 +24,6 @@ from bs_optuna.study.tuning import prepare
 from bs_optuna.tasks import digits
 from bs_optuna.training.budget import Budget
 from bs_optuna.training.objective import TrainingObjective
-
-
-@pytest.fixture(scope="module")
-def tuning(tmp_path_factory: pytest.TempPathFactory) -> Tuning:
-    folder = tmp_path_factory.mktemp("report")
-    config = StudyConfig(
-        trials=5, budget="samples=400", storage=f"{folder}/study.db", device="cpu", final_runs=0
-    )
-    tuning = prepare(config, digits.task())
-    tuning.run(timeout=None, started=lambda trial: None, ended=lambda study, trial: None)
-    return tuning
 
 
 def shown(renderable: object) -> str:
@@ -156,75 +139,6 @@ def test_a_terminal_shows_the_trial_that_runs_and_the_best(tuning: Tuning) -> No
         f"(trial {tuning.study.best_trial.number})",
     ):
         assert words in written
-
-
-def test_the_picture_is_drawn(tuning: Tuning, tmp_path: Path) -> None:
-    ridge_figure(tuning.study).savefig(tmp_path / "ridge.png")
-    header = (tmp_path / "ridge.png").read_bytes()[:24]
-    assert header.startswith(b"\x89PNG")
-    assert int.from_bytes(header[16:20], "big") > 1000
-
-
-@pytest.mark.parametrize("sizes", [[64], [8, 64]])
-def test_the_best_learning_rate_is_in_the_picture(sizes: list[int]) -> None:
-    study = optuna.create_study()
-    space = {
-        "batch_size": IntDistribution(8, 64, log=True),
-        "lr": FloatDistribution(1e-5, 1.0, log=True),
-    }
-    for lr in (1e-5, 2e-5, 4e-5):  # the best lies above all that were tried
-        for size in sizes:
-            params = {"batch_size": size, "lr": lr}
-            value = 1e-5 / lr
-            study.add_trial(optuna.create_trial(params=params, distributions=space, value=value))
-    axes = ridge_figure(study).axes[0]
-    (line,) = axes.lines
-    places, rates = line.get_data()
-    assert len(set(places)) > 1
-    for ends, limits in ((places, axes.get_xlim()), (rates, axes.get_ylim())):
-        assert limits[0] < min(ends) <= max(ends) < limits[1]
-    assert max(rates) > 1.6 * 4e-5
-
-
-@pytest.mark.parametrize("direction", ["minimize", "maximize"])
-def test_the_picture_goes_by_the_names_of_the_sampler_and_equal_trials_look_alike(
-    direction: str,
-) -> None:
-    sampler = CoupledSampler(batch_size="bs", learning_rate="rate")
-    study = optuna.create_study(sampler=sampler, direction=direction)
-    sign = 1.0 if direction == "minimize" else -1.0
-    space = {
-        "bs": IntDistribution(8, 64, log=True),
-        "rate": FloatDistribution(1e-5, 1.0, log=True),
-    }
-    for rate, value in ((1e-3, 1.0), (1e-2, 0.5), (1e-1, 1.0), (2e-2, 0.6)):
-        params = {"bs": 16, "rate": rate}
-        study.add_trial(optuna.create_trial(params=params, distributions=space, value=sign * value))
-    picture = ridge_figure(study).axes[0].collections
-    (colours,) = (c.get_array() for c in picture if c.get_array() is not None)
-    assert colours is not None
-    assert colours[0] == colours[1] < colours[2] < colours[3] == 1.0  # the best is drawn last
-    (ring,) = (c for c in picture if c.get_label() == "recommended")
-    assert ring.get_offsets().tolist() == [[16, 1e-2]]  # type: ignore[union-attr]
-
-
-def test_a_study_without_results_has_no_picture() -> None:
-    with pytest.raises(StudyError, match="no complete trial"):
-        ridge_figure(optuna.create_study())
-
-
-@pytest.mark.parametrize(
-    ("sizes", "rates"),
-    [(["16", "64"], [1e-3, 1e-2]), ([0, 64], [1e-3, 1e-2]), ([16, 64], ["1e-3"])],
-)
-def test_a_study_of_words_has_no_picture(sizes: list[object], rates: list[object]) -> None:
-    study = optuna.create_study()
-    space = {"batch_size": CategoricalDistribution(sizes), "lr": CategoricalDistribution(rates)}  # type: ignore[arg-type]
-    for size in [*sizes, *sizes]:
-        params = {"batch_size": size, "lr": rates[0]}
-        study.add_trial(optuna.create_trial(params=params, distributions=space, value=1.0))
-    with pytest.raises(StudyError, match=r"positive number.*; name"):
-        ridge_figure(study)
 
 
 def test_a_setting_at_the_edge_of_its_range_is_pointed_out(tuning: Tuning) -> None:
